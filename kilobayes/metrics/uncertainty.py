@@ -78,8 +78,7 @@ def aupr(
 def error_auroc(confidence: np.ndarray, correct: np.ndarray, weights: np.ndarray | None = None) -> Value:
     """Does confidence tell right from wrong? The AUROC of a right row being more confident than a wrong one.
 
-    0.5 is chance. When all rows are right, or all wrong, there is nothing to tell apart and the answer is
-    nan.
+    0.5 is chance. When all rows are right, or all wrong, there is nothing to tell apart: the answer is nan.
     """
     confidence, correct = _pair(confidence, correct)
     weight = counts(weights, len(correct))
@@ -110,8 +109,8 @@ def aurc(confidence: np.ndarray, correct: np.ndarray, weights: np.ndarray | None
     kept = np.cumsum(size, axis=-1)
     rate = errors / np.maximum(size, 1.0)
     before, wrong_before = kept - size, np.cumsum(errors, axis=-1) - errors
-    # Within a group the risk at k is (wrong_before + (k - before) rate) / k, whose sum over k needs only sums
-    of 1/k. most = int(kept[..., -1].max())
+    # Within a group the risk at k is (wrong_before + (k - before) rate) / k: its sum needs only sums of 1 / k.
+    most = int(kept[..., -1].max())
     harmonic = np.r_[0.0, np.cumsum(1.0 / np.arange(1, most + 1))]
     inverse = harmonic[kept.astype(np.int64)] - harmonic[before.astype(np.int64)]
     return ratio((rate * size + (wrong_before - before * rate) * inverse).sum(axis=-1), kept[..., -1])

@@ -41,7 +41,7 @@ def ratio(numerator: Value, denominator: Value) -> Value:
 class TieGroups:
     """Rows put together by equal score, in ascending order of score: G groups of N rows.
 
-    Working on groups makes whatever follows independent of the order of the rows.
+    Working on groups makes whatever follows independent of the order of the rows. Raises KilobayesError on nan.
 
     Attributes:
         values: the G distinct scores, ascending.
@@ -50,6 +50,8 @@ class TieGroups:
     def __init__(self, scores: np.ndarray) -> None:
         self._order = np.argsort(scores, kind="stable")
         ordered = np.asarray(scores)[self._order]
+        if np.isnan(ordered[-1:]).any():  # nan sorts last
+            raise KilobayesError("scores cannot be ranked", "found nan", "look for nan in the predictions")
         self._starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
         self.values = ordered[self._starts]
 
