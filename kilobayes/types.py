@@ -15,6 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from kilobayes.random import Streams
+
 Params = dict[str, Tensor]
 
 
@@ -174,9 +176,9 @@ class Trains(Protocol):
     """A posterior that changes what is minimised while training."""
 
     def objective(
-        self, state: Any, theta: Params, nll: Callable[[Params], Tensor], gen: torch.Generator, progress: Progress
+        self, state: Any, theta: Params, nll: Callable[[Params], Tensor], streams: Streams, progress: Progress
     ) -> Tensor:
-        """Loss of each member ``(S,)`` in nats per row; ``nll(theta)`` is ``(S, B)``."""
+        """Loss of each member ``(S,)`` in nats per row; ``nll(theta)`` is ``(S, B)``; noise comes from ``streams``."""
         ...
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -16,10 +17,9 @@ def measure() -> Iterator[dict[str, float]]:
     ``seconds``: wall time. ``cpu_seconds``: processor time of all threads of this process, not of its
     children.
 
-    ``peak_bytes``: the most memory the process ever had resident, *since it started* (``ru_maxrss``, a
-    high-water mark that never falls). It is not the block's own use: earlier peaks and the interpreter count.
-    To compare runs, give each its own process. Left out where the system has no ``resource`` module
-    (Windows).
+    ``peak_bytes``: the most memory the process ever had resident, *since its program started* (a high-water
+    mark that never falls). It is not the block's own use: earlier peaks and the interpreter count. To compare
+    runs, give each a process of its own. Left out where the system does not tell (Windows).
 
     ``cuda_peak_bytes``: the most memory PyTorch had allocated for tensors during the block, summed over CUDA
     devices; only if PyTorch was already using CUDA when the block ended. It is the allocator's count: not
@@ -55,13 +55,24 @@ def measure() -> Iterator[dict[str, float]]:
 
 
 def peak_resident_bytes() -> int | None:
-    """The process's high-water mark of resident memory since it started, or None where it cannot be told."""
+    """The process's high-water mark of resident memory, or None where the system does not tell.
+
+    On Linux this is ``VmHWM``. ``ru_maxrss`` is only the fallback, because a child process starts with its
+    parent's: a small job started by a large one would look large.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        for line in status.splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024  # "VmHWM:  8740 kB", in KiB
+    except OSError:
+        pass
     try:
         import resource
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 def _cuda() -> Any:

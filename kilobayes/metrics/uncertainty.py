@@ -109,7 +109,7 @@ def aurc(confidence: np.ndarray, correct: np.ndarray, weights: np.ndarray | None
     kept = np.cumsum(size, axis=-1)
     rate = errors / np.maximum(size, 1.0)
     before, wrong_before = kept - size, np.cumsum(errors, axis=-1) - errors
-    # Within a group the risk at k is (wrong_before + (k - before) rate) / k: its sum needs only sums of 1 / k.
+    # Within a group the risk at k is (wrong_before + (k - before) rate) / k; its sum needs sums of 1 / k.
     most = int(kept[..., -1].max())
     harmonic = np.r_[0.0, np.cumsum(1.0 / np.arange(1, most + 1))]
     inverse = harmonic[kept.astype(np.int64)] - harmonic[before.astype(np.int64)]

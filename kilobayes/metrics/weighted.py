@@ -41,7 +41,7 @@ def ratio(numerator: Value, denominator: Value) -> Value:
 class TieGroups:
     """Rows put together by equal score, in ascending order of score: G groups of N rows.
 
-    Working on groups makes whatever follows independent of the order of the rows. Raises KilobayesError on nan.
+    Working on groups makes whatever follows independent of the rows' order. Raises KilobayesError on nan.
 
     Attributes:
         values: the G distinct scores, ascending.

@@ -43,8 +43,8 @@ class Classify:
         max_length: longest row in tokens, special tokens included.
 
     Raises:
-        KilobayesError: fewer than two classes, a ``max_length`` with no room for text or beyond the tokenizer's
-            own limit, or a tokenizer with neither a pad nor an end-of-text token.
+        KilobayesError: fewer than two classes, a ``max_length`` with no room for text or beyond the
+            tokenizer's own limit, or a tokenizer with neither a pad nor an end-of-text token.
     """
 
     tokenizer: Any
@@ -99,7 +99,7 @@ class Classify:
     ) -> dict[str, list[list[int]]]:
         if not texts:
             return {"input_ids": []}
-        # Padding is switched off by name: some tokenizer files (all-MiniLM-L6-v2) ask for rows of a fixed length.
+        # Padding is switched off by name: some tokenizer files (all-MiniLM-L6-v2) ask for a fixed length.
         out = self.tokenizer(
             texts,
             pairs,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kilobayes.errors import KilobayesError, nearest
+from kilobayes.hub import first_line, local_path, reachable, told_offline
 from kilobayes.tasks.arrow import from_dataset
 from kilobayes.tasks.table import SUFFIXES, Table, read_file, stem_and_kind
 
@@ -27,9 +27,8 @@ def splits(source: Any) -> list[str]:
         return _sorted(source)
     if not isinstance(source, str | Path):
         return ["train"]
-    path = _local(source)
+    path, name, config = _parse(source)
     if path is None:
-        name, config = _hub_id(str(source))
         return _sorted(_ask_hub(name, "get_dataset_split_names", name, config))
     if path.is_file():
         return ["train"]
@@ -45,9 +44,8 @@ def read_source(source: Any, split: str | None) -> Table:
         KilobayesError: as :func:`splits`, and for a split that is not there.
     """
     if isinstance(source, str | Path):
-        path = _local(source)
+        path, name, config = _parse(source)
         if path is None:
-            name, config = _hub_id(str(source))
             chosen = _choose(str(source), splits(source), split)
             return from_dataset(
                 f"{source} ({chosen})", _ask_hub(name, "load_dataset", name, config, split=chosen)
@@ -104,32 +102,6 @@ def _choose(where: str, present: list[str], split: str | None) -> str:
     )
 
 
-def _local(source: str | Path) -> Path | None:
-    """The path, if it exists; None for what can only be a hub id."""
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    text = str(source)
-    looks_local = (
-        isinstance(source, Path) or text[:1] in "./~" or (path.parent != Path() and path.parent.exists())
-    )
-    if (
-        not looks_local
-        and stem_and_kind(path)[1] == ""
-        and re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.+-]+)?", text)
-    ):
-        return None
-    siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-    guess = nearest(path.name, siblings)
-    raise KilobayesError(
-        f"there is no file or directory {source}",
-        f"{path.parent} holds: {', '.join(sorted(siblings)[:8]) or 'nothing'}"
-        if path.parent.is_dir()
-        else "",
-        f"did you mean {path.parent / guess}?" if guess else "check the path",
-    )
-
-
 def _files(directory: Path) -> dict[str, Path]:
     """Split name to file."""
     found: dict[str, Path] = {}
@@ -160,35 +132,35 @@ def _saved_dataset(directory: Path) -> Any:
     try:
         return datasets.load_from_disk(str(directory))
     except Exception as error:
-        raise KilobayesError(f"{directory} is not a readable saved dataset", _first_line(error)) from None
+        raise KilobayesError(f"{directory} is not a readable saved dataset", first_line(error)) from None
 
 
-def _hub_id(source: str) -> tuple[str, str | None]:
-    name, _, config = source.partition(":")
-    return name, config or None
+def _parse(source: str | Path) -> tuple[Path | None, str, str | None]:
+    """A local path, or the name and configuration (``name:configuration``) of a dataset on the hub."""
+    name, colon, config = str(source).rpartition(":")
+    if isinstance(source, Path) or not colon or Path(source).exists() or "/" in config:
+        name, config = str(source), ""
+    return local_path(source if isinstance(source, Path) else name), name, config or None
 
 
 def _ask_hub(name: str, function: str, *args: Any, **keywords: Any) -> Any:
+    if not told_offline() and not reachable():
+        raise KilobayesError(
+            f'there is no local file or directory "{name}", and the hub cannot be reached',
+            "no connection",
+            "give a file or directory, or set HF_HUB_OFFLINE=1 to use a copy fetched earlier",
+        )
     datasets = importlib.import_module("datasets")
     try:
         return getattr(datasets, function)(*args, **keywords)
-    except (
-        Exception
-    ) as error:  # network, missing repository, missing configuration: many types in three libraries
-        text = _first_line(error)
-        remedy = "give a file or directory instead, or check the name and the network"
-        if "onfig" in text:
+    except Exception as error:  # network, missing repository or configuration: many types in three libraries
+        text = first_line(error)
+        remedy = "check the name and the network, or give a file or directory"
+        if "onfig name" in text:
             remedy = f'name the configuration as "{name}:CONFIGURATION"'
         raise KilobayesError(
-            f'no local file or directory "{name}", and the hub did not give a dataset of that name',
-            text,
-            remedy,
+            f'there is no local file or directory "{name}", and the hub gave no such dataset', text, remedy
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def _from_memory(source: Any) -> Table:

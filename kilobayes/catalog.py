@@ -1,0 +1,67 @@
+"""What methods there are, read from their source, so that listing them imports neither torch nor PEFT."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ADAPTERS, POSTERIORS = "adapters", "posteriors"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method.
+
+    Attributes:
+        name: the class's name.
+        summary: first line of its docstring.
+        paper: arXiv id, or "" where the docstring names none.
+        defaults: options with the source text of their defaults ("" where there is none), in order.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    defaults: dict[str, str]
+
+
+@functools.cache
+def catalog(kind: str) -> dict[str, Entry]:
+    """Every adapter or posterior by name, in the order of the package's ``__all__``."""
+    folder = Path(__file__).parent / kind
+    order = _exports(folder / "__init__.py")
+    found = {
+        entry.name: entry
+        for path in sorted(folder.glob("*.py"))
+        if path.name != "__init__.py"
+        for entry in _entries(path)
+        if entry.name in order
+    }
+    return {name: found[name] for name in order}
+
+
+def _exports(path: Path) -> list[str]:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    raise ValueError(f"{path} has no __all__")
+
+
+def _entries(path: Path) -> list[Entry]:
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    papers = re.findall(r"arXiv:(\d{4}\.\d{4,5})", ast.get_docstring(module) or "")
+    out = []
+    for node in module.body:
+        if isinstance(node, ast.ClassDef):
+            doc = ast.get_docstring(node) or ""
+            own = re.findall(r"arXiv:(\d{4}\.\d{4,5})", doc)
+            fields = {
+                item.target.id: ast.unparse(item.value) if item.value else ""
+                for item in node.body
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+            }
+            out.append(Entry(node.name, doc.split("\n")[0], (own or papers or [""])[0], fields))
+    return out

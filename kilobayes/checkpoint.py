@@ -1,0 +1,134 @@
+"""Checkpoints of a training run: one file, replaced atomically, from which a killed run goes on to the same result."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kilobayes.errors import KilobayesError
+from kilobayes.optim import AdamWState
+from kilobayes.random import Streams
+from kilobayes.tree import flatten_state, unflatten_state
+from kilobayes.types import Params, Posterior, Progress
+
+
+def write_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file that is there whole or not at all: written beside it, flushed to disk, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary, dict(metadata or {}))
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """A text file that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        KilobayesError: the file is missing, truncated or not of this format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except FileNotFoundError:
+        raise KilobayesError(f"{path} is missing", "a run's folder holds it", "train again, or name another run") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise KilobayesError(
+            f"{path} is damaged or is no safetensors file", str(error), "copy it again from where it was made"
+        ) from None
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A checkpoint's content."""
+
+    state: Any
+    step: int
+    losses: Tensor
+    alive: Tensor
+
+
+@dataclass
+class Checkpoint:
+    """Where and how often a run keeps its state.
+
+    Args:
+        path: the file, such as ``run/checkpoints/latest.safetensors``.
+        identity: what the run is (settings, data, base); a checkpoint of another is refused.
+        resume: load it if it is there.
+        seconds: write at the end of an epoch, or when so many seconds have passed since the last.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+    resume: bool = False
+    seconds: float = 20.0
+    last: float = field(default_factory=time.monotonic)
+
+    def due(self, progress: Progress) -> bool:
+        return progress.done or time.monotonic() - self.last > self.seconds
+
+    def write(
+        self,
+        step: int,
+        state: Any,
+        theta: Params,
+        moments: AdamWState,
+        streams: Streams,
+        losses: Tensor,
+        alive: Tensor,
+    ) -> None:
+        tensors = {f"theta|{k}": v for k, v in theta.items()}
+        tensors |= {f"first|{k}": v for k, v in moments.first.items()}
+        tensors |= {f"second|{k}": v for k, v in moments.second.items()}
+        tensors |= {f"state|{k}": v for k, v in flatten_state(state).items()}
+        tensors |= {"streams": streams.state(), "losses": losses, "alive": alive, "step": torch.tensor(step)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, tensors, {"identity": json.dumps(self.identity, sort_keys=True)})
+        self.last = time.monotonic()
+
+    def load(self, posterior: Posterior, state: Any, theta: Params, moments: AdamWState, streams: Streams) -> Found | None:
+        """Put a checkpoint's weights, moments and random states back in place.
+
+        Raises:
+            KilobayesError: the checkpoint is of another run.
+        """
+        if not self.resume or not self.path.exists():
+            return None
+        tensors, metadata = read_tensors(self.path)
+        theirs = json.loads(metadata.get("identity", "{}"))
+        odd = sorted(k for k in set(theirs) | set(self.identity) if theirs.get(k) != self.identity.get(k))
+        if odd:
+            raise KilobayesError(
+                f"{self.path} belongs to another run",
+                "; ".join(f"{k}: {theirs.get(k)} there, {self.identity.get(k)} here" for k in odd[:3]),
+                "resume with the same settings, or name another --out",
+            )
+        with torch.no_grad():
+            for name, params in (("theta", theta), ("first", moments.first), ("second", moments.second)):
+                for key, value in params.items():
+                    value.copy_(tensors[f"{name}|{key}"])
+        streams.restore(tensors["streams"])
+        device = next(iter(theta.values())).device
+        kept = {k.removeprefix("state|"): v.to(device) for k, v in tensors.items() if k.startswith("state|")}
+        return Found(unflatten_state(posterior, kept), int(tensors["step"]), tensors["losses"], tensors["alive"])

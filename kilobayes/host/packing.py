@@ -1,0 +1,147 @@
+"""Run a model's frozen linear layers on prepacked weights, for as long as a context lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kilobayes.errors import KilobayesError
+from kilobayes.host.kernels import DTYPES, PackedWeight, available, linear, low_rank_linear, pack
+
+__all__ = ["PackedWeight", "available", "low_rank_linear", "packed", "packed_weights", "worthwhile"]
+
+# Below about a million multiply-adds the dearer call costs more than the faster product gains (float32 only).
+SMALLEST = 1 << 20
+
+
+class _PackedForward:
+    """Stands in for a module's ``forward``: packed where that serves, the module's own code everywhere else."""
+
+    def __init__(self, module: nn.Module, packed: PackedWeight) -> None:
+        self.module, self.packed = module, packed
+        self.original = type(module).forward.__get__(module)
+        self.smallest = SMALLEST if packed.source.dtype is torch.float32 else 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight = self.packed
+        if not weight.current(self.module._parameters.get("weight")) or not weight.serves(x):
+            return self.original(x)
+        if x.numel() * weight.d_out < self.smallest:
+            return self.original(x)
+        return linear(x, weight)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # A copy of the model made inside the context is a plain model.
+        copy = memo.get(id(self.module), self.module)
+        return type(copy).forward.__get__(copy)
+
+
+def _layout(module: nn.Module) -> bool | None:
+    """Whether the weight is stored ``(d_in, d_out)``; None for anything but a plain linear layer."""
+    forward = type(module).forward
+    if forward is nn.Linear.forward:
+        return False
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    if transformers is not None and forward is transformers.Conv1D.forward:
+        return True
+    return None
+
+
+def _packable(module: nn.Module, dtype: torch.dtype | None) -> bool:
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if weight is None or "forward" in module.__dict__ or _layout(module) is None:
+        return False
+    parts = [weight] if bias is None else [weight, bias]
+    return (
+        all(type(part) is nn.Parameter and not part.requires_grad and not part.is_inference() for part in parts)
+        and all(part.is_cpu and part.dtype == weight.dtype for part in parts)
+        and weight.dtype in (DTYPES if dtype is None else (dtype,))
+        and weight.layout is torch.strided
+        and weight.numel() > 0
+        and worthwhile(weight.dtype)
+    )
+
+
+@contextlib.contextmanager
+def packed(model: nn.Module, dtype: torch.dtype | None = None, backward: bool = True) -> Iterator[nn.Module]:
+    """Within the context, every frozen plain linear layer of ``model`` runs on prepacked weights.
+
+    That is each ``nn.Linear`` and transformers ``Conv1D`` on the CPU whose weight and bias need no gradient, the base
+    layers inside adapter layers included; quantised layers, tensor subclasses and layers whose ``forward`` was already
+    replaced are left alone. Where packing does not pay (see ``worthwhile``) nothing happens at all. Weights are never
+    written to: saving and ``state_dict`` are the same inside. A layer whose weight is swapped, unfrozen or changed
+    inside the context goes back to its own code, save for in-place changes through ``.data``, which nothing can see.
+
+    Args:
+        dtype: pack only weights of this dtype; by default float32 and bfloat16.
+        backward: also pack the transposes, so that gradients reach the layers below; a second copy in memory.
+            Without it a layer whose input needs a gradient runs its own code.
+
+    Yields:
+        The same model.
+    """
+    replaced: list[nn.Module] = []
+    try:
+        with torch.inference_mode(False):
+            for module in model.modules():
+                if _packable(module, dtype):
+                    weight, bias = module._parameters["weight"], module._parameters.get("bias")
+                    record = pack(weight, bias, backward, inputs_first=bool(_layout(module)))
+                    module.__dict__["forward"] = _PackedForward(module, record)
+                    replaced.append(module)
+        yield model
+    finally:
+        for module in replaced:
+            if isinstance(module.__dict__.get("forward"), _PackedForward):
+                del module.__dict__["forward"]
+
+
+def packed_weights(module: nn.Module) -> PackedWeight | None:
+    """The packed weight of ``module`` if it may be used now (inside ``packed``, unchanged, no autocast), or None."""
+    forward = module.__dict__.get("forward")
+    if not isinstance(forward, _PackedForward):
+        return None
+    return forward.packed if forward.packed.current(module._parameters.get("weight")) else None
+
+
+def worthwhile(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether packed products of this dtype pay on this machine; the same answer throughout a process.
+
+    bfloat16 always does where oneDNN has it: the plain product is oneDNN's too and reorders the weight at every call.
+    float32 is timed once, a few milliseconds: packed must take under 0.8 of MKL's time. It does on AMD (0.4 to 0.6)
+    and not on Intel with AVX-512 (0.9), far enough apart that runs on one machine agree, rounding included.
+    ``KILOBAYES_PACK=1`` packs wherever the operators work; ``KILOBAYES_PACK=0`` never.
+
+    Raises:
+        KilobayesError: ``KILOBAYES_PACK`` is something else.
+    """
+    forced = os.environ.get("KILOBAYES_PACK", "")
+    if forced not in ("", "0", "1"):
+        raise KilobayesError("KILOBAYES_PACK must be 0 or 1", f"found {forced!r}", "unset it to decide by timing")
+    if forced == "0" or not available(dtype):
+        return False
+    return forced == "1" or dtype is not torch.float32 or _time_ratio() < 0.8
+
+
+@functools.cache
+def _time_ratio(rows: int = 128, d_in: int = 384, d_out: int = 1024, rounds: int = 7) -> float:
+    """Packed over plain, best CPU time of each; no random numbers are drawn."""
+    with torch.inference_mode(False), torch.no_grad():
+        weight = torch.linspace(-1.0, 1.0, d_out * d_in).view(d_out, d_in)
+        x = torch.linspace(-1.0, 1.0, rows * d_in).view(rows, d_in)
+        record = pack(weight, backward=False)
+        best = {"plain": float("inf"), "packed": float("inf")}
+        for _ in range(rounds):
+            for name in best:
+                start = time.thread_time()
+                nn.functional.linear(x, weight) if name == "plain" else record.product(x)
+                best[name] = min(best[name], time.thread_time() - start)
+    return best["packed"] / best["plain"]

@@ -1,0 +1,103 @@
+r"""Temperature scaling, Guo et al., arXiv:1706.04599: the baseline that every posterior must beat.
+
+.. math:: p(y \mid x) = \frac1S \sum_s \operatorname{softmax}(f_s(x) / T)_y, \qquad
+          T = \arg\min_T \sum_{i \in \text{calibration}} -\log p(y_i \mid x_i)
+
+For a point S = 1, the original. Over a posterior the scores of each sample are divided before the probabilities are
+averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from kilobayes.posteriors import ask
+from kilobayes.posteriors.point import Point
+from kilobayes.random import Streams
+from kilobayes.tree import size, spread
+from kilobayes.types import Energy, Params, Posterior, Progress
+
+
+@dataclass(frozen=True, eq=False)
+class TemperatureState:
+    """``inner``: the wrapped posterior's state; ``temperature`` ``(K,)``."""
+
+    inner: object
+    temperature: Tensor
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """One number that divides the scores, fitted on the calibration split, over any posterior.
+
+    Args:
+        base: the posterior whose scores are divided.
+        samples: draws of a continuous posterior that the fit averages over.
+    """
+
+    base: Posterior = field(default=Point())
+    samples: int = 10
+    calibrates = True  # no annotation: not an option
+
+    def init(self, theta: Params, gen: torch.Generator) -> TemperatureState:
+        return TemperatureState(self.base.init(theta, gen), torch.ones(size(theta)))
+
+    def objective(
+        self,
+        state: TemperatureState,
+        theta: Params,
+        nll: Callable[[Params], Tensor],
+        streams: Streams,
+        progress: Progress,
+    ) -> Tensor:
+        return ask.objective(self.base, state.inner, theta, nll, streams, progress)
+
+    def rate(self, progress: Progress, default: float) -> float:
+        return ask.rate(self.base, progress, default)
+
+    def observe(self, state: TemperatureState, theta: Params, progress: Progress) -> TemperatureState:
+        return TemperatureState(self.base.observe(state.inner, theta, progress), state.temperature)
+
+    def fit(self, state: TemperatureState, energy: Energy, gen: torch.Generator) -> TemperatureState:
+        inner = ask.fit(self.base, state.inner, energy, gen)
+        draws = self.base.sample(inner, self.base.support(inner) or self.samples, gen)
+        logits = ask.transform(self.base, inner, energy.logits(draws)).double()
+        labels = energy.labels.to(logits.device)
+        best = best_temperature(logits, labels)
+        return TemperatureState(inner, torch.full_like(state.temperature, best))
+
+    def transform(self, state: TemperatureState, logits: Tensor) -> Tensor:
+        divisor = state.temperature.to(logits)[spread(len(state.temperature), len(logits)) % len(state.temperature)]
+        return ask.transform(self.base, state.inner, logits) / divisor[:, None, None]
+
+    def sample(self, state: TemperatureState, n: int, gen: torch.Generator) -> Params:
+        return self.base.sample(state.inner, n, gen)
+
+    def mean(self, state: TemperatureState) -> Params:
+        return self.base.mean(state.inner)
+
+    def support(self, state: TemperatureState) -> int | None:
+        return self.base.support(state.inner)
+
+
+def best_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The T in [1/20, 20] of lowest mean NLL of the averaged probabilities, ``logits`` ``(S, N, C)``.
+
+    A grid over log T and then Brent's method in the best cell: for a mixture the NLL need not be convex in T.
+    """
+
+    def nll(log_t: float) -> float:
+        scores = torch.log_softmax(logits / torch.tensor(log_t).exp(), dim=-1)
+        picked = scores.gather(-1, labels.expand(len(logits), -1)[..., None])[..., 0]
+        return float(-picked.logsumexp(dim=0).mean())
+
+    grid = torch.linspace(-3.0, 3.0, 25).tolist()
+    at = min(range(len(grid)), key=lambda i: nll(grid[i]))
+    bounds = (grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)])
+    found = minimize_scalar(nll, bounds=bounds, method="bounded", options={"xatol": 1e-6})
+    return float(torch.tensor(found.x).exp())

@@ -1,0 +1,44 @@
+"""Randomness as an argument: one independent stream per member of a stack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def generator(*seed: int) -> torch.Generator:
+    """A CPU generator from several integers, mixed so that (1, 2) and (2, 1) differ."""
+    mixed = 0x9E3779B97F4A7C15
+    for part in seed:
+        mixed = ((mixed ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    return torch.Generator().manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
+
+
+class Streams:
+    """One generator per member, so that a stack draws what its members would draw alone.
+
+    Numbers are drawn on the CPU and moved, so they do not depend on the device.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self.generators = list(generators)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal numbers of the shape ``(S, ...)``, dtype and device of ``like``."""
+        return torch.stack([torch.randn(like.shape[1:], generator=g) for g in self.generators]).to(like)
+
+    def keep(self, like: Tensor, probability: float) -> Tensor:
+        """Ones with the given probability, else zeros, in the shape ``(S, ...)`` of ``like``."""
+        drawn = [torch.rand(like.shape[1:], generator=g) < probability for g in self.generators]
+        return torch.stack(drawn).to(like)
+
+    def state(self) -> Tensor:
+        """All generators' states ``(S, bytes)``, to resume from."""
+        return torch.stack([g.get_state() for g in self.generators])
+
+    def restore(self, state: Tensor) -> None:
+        for g, row in zip(self.generators, state, strict=True):
+            g.set_state(row.contiguous())

@@ -1,0 +1,148 @@
+"""The report: one HTML file that opens offline, needs no script and asks the network for nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from kilobayes.errors import KilobayesError
+from kilobayes.metrics.calibration import BINS, reliability
+from kilobayes.metrics.evaluation import Evaluation, Interval
+from kilobayes.report import plots
+from kilobayes.report.definitions import definitions
+from kilobayes.report.examples import choose
+from kilobayes.report.headline import findings, headline
+from kilobayes.report.words import FORMATS, best, number, percent, table
+
+# Characters that no text needs and that cannot be written, or not be seen: controls and unpaired surrogates.
+_UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+_COSTS = {"seconds": "time", "peak_bytes": "peak memory", "trained_bytes": "trained", "stored_bytes": "stored"}
+
+
+def build_page(
+    evaluations: Sequence[Evaluation], summaries: Sequence[Mapping[str, Interval]], meta: Mapping[str, Any]
+) -> str:
+    """The report as one HTML document.
+
+    All text is escaped and stripped of control characters; nothing of it is ever read as a template.
+
+    Args:
+        evaluations: the arms, at least one, in the order to show them.
+        summaries: of each arm its metrics, as ``summarise`` gives them; columns that no arm has are left out.
+        meta: facts about the run, each optional: ``title``, ``command`` (the exact command line), ``versions`` (a
+            mapping), ``created`` (ISO date), ``data`` (a mapping: source, counts, hash), ``notes`` (a list), ``bins``
+            (of ECE, 15 unless told) and ``resamples`` (of the bootstrap).
+
+    Raises:
+        KilobayesError: no arm, or not one summary for each arm.
+    """
+    if not evaluations or len(evaluations) != len(summaries):
+        found = f"{len(evaluations)} evaluations and {len(summaries)} summaries"
+        raise KilobayesError("a report needs arms and one summary for each", found, "give two lists of one length")
+    bins = int(meta.get("bins", BINS))
+    arms = [_arm(index, *pair, bins) for index, pair in enumerate(zip(evaluations, summaries, strict=True))]
+    lead = best([summary.get("nll", Interval(math.nan, math.nan, math.nan)) for summary in summaries], -1)
+    shown = {key for summary in summaries for key in summary}, {key for one in evaluations for key in one.cost}
+    return _template().render(
+        title=meta.get("title") or "Calibration report",
+        created=meta.get("created", ""),
+        command=meta.get("command", ""),
+        versions=meta.get("versions") or {},
+        data=meta.get("data") or {},
+        notes=meta.get("notes") or [],
+        headline=headline(evaluations, summaries),
+        findings=findings(evaluations, summaries),
+        table=table(evaluations, summaries, bins),
+        more=table(evaluations, summaries, bins, main=False),
+        arms=arms,
+        lead=lead or 0,
+        rows=len(evaluations[0].labels),
+        risk_coverage=Markup(plots.risk_coverage_curves(list(evaluations))),
+        first_rows=plots.FIRST_ROWS,
+        bins=bins,
+        definitions=definitions(*shown, bins, meta.get("resamples")),
+    )
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    evaluations: Sequence[Evaluation],
+    summaries: Sequence[Mapping[str, Interval]],
+    meta: Mapping[str, Any],
+) -> Path:
+    """Write ``build_page`` to ``path``, whole or not at all, and return the path; its folder is made if need be."""
+    page = build_page(evaluations, summaries, meta)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Same folder, so that the replacement is a rename within one file system, which is atomic.
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        with draft.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(page)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+    return target
+
+
+def _arm(index: int, evaluation: Evaluation, summary: Mapping[str, Interval], bins: int) -> dict[str, Any]:
+    """What the template shows of one arm."""
+    drawn = {
+        "reliability": plots.reliability_diagram(evaluation, index, bins),
+        "confidence": plots.confidence_histogram(evaluation, index),
+        "entropy": plots.shift_histogram(evaluation, index),
+        "mutual_information": plots.shift_histogram(evaluation, index, quantity="mutual information"),
+    }
+    return {
+        "name": evaluation.name,
+        "swatch": Markup(plots.swatch(index)),
+        "figures": {name: Markup(svg) for name, svg in drawn.items() if svg},
+        "spec": dict(evaluation.spec),
+        "cost": {
+            _COSTS.get(key, key.replace("_", " ")): FORMATS[_form(key)](float(value))
+            for key, value in evaluation.cost.items()
+        },
+        "summary": {key: number(value.value) for key, value in summary.items()},
+        "bins": _bins(evaluation, bins),
+        "examples": choose(evaluation),
+    }
+
+
+def _bins(evaluation: Evaluation, bins: int) -> list[dict[str, float]]:
+    """The bins that hold a row, for the table behind the reliability diagram."""
+    found = reliability(evaluation.probs, evaluation.labels, bins)
+    columns = {
+        "low": found.edges[:-1],
+        "high": found.edges[1:],
+        "count": found.count.astype(int),
+        "confidence": found.confidence,
+        "accuracy": found.accuracy,
+    }
+    return [{name: values[i].item() for name, values in columns.items()} for i in range(bins) if found.count[i]]
+
+
+def _form(cost: str) -> str:
+    return "duration" if cost.endswith("seconds") else "size" if cost.endswith("bytes") else "number"
+
+
+def _template() -> Any:
+    environment = Environment(
+        loader=PackageLoader("kilobayes.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    return environment.get_template("page.html")

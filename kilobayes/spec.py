@@ -1,0 +1,134 @@
+"""Methods written as text: ``"SWAG(rank=20)"`` to an object, and back.
+
+Only names of adapters and posteriors, literals, and such calls nested in each other are understood; nothing is
+evaluated.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from typing import Any
+
+from kilobayes.catalog import ADAPTERS, POSTERIORS, catalog
+from kilobayes.errors import KilobayesError, nearest
+
+
+def check(text: str, kind: str) -> str:
+    """Validate a specification without importing the method; returns its text.
+
+    Args:
+        text: such as ``"LoRA(r=8)"``, ``"SWAG"`` or ``"Temperature(SWAG(rank=10))"``.
+        kind: ``"adapters"`` or ``"posteriors"``.
+
+    Raises:
+        KilobayesError: it is no such call, or a name or keyword in it is unknown.
+    """
+    _walk(_tree(text), kind, text)
+    return text
+
+
+def parse(text: str, kind: str) -> Any:
+    """The adapter or posterior that a specification names.
+
+    Raises:
+        KilobayesError: as :func:`check`, or a value that the method itself refuses.
+    """
+    return _make(_tree(text), kind, text)
+
+
+def format(method: Any) -> str:
+    """The shortest specification that gives the same object: fields at their defaults are left out."""
+    shown = []
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if value != field.default:
+            text = format(value) if dataclasses.is_dataclass(value) else repr(value)
+            shown.append(f"{field.name}={text}")
+    return f"{type(method).__name__}({', '.join(shown)})"
+
+
+def _tree(text: str) -> ast.expr:
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise KilobayesError(
+            f"{text!r} is not a method's specification", str(error), 'write it as in "SWAG(rank=20)"'
+        ) from None
+
+
+def _walk(node: ast.expr, kind: str, text: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """The method's name and its arguments as syntax, every name and keyword checked."""
+    call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
+    known = catalog(kind)
+    if not isinstance(call.func, ast.Name):
+        raise KilobayesError(
+            f"{text!r} is not a method's specification",
+            f"known {kind}: {', '.join(known)}",
+            'write it as in "SWAG(rank=20)"',
+        )
+    name = call.func.id
+    if name not in known:
+        guess = nearest(name, known)
+        raise KilobayesError(
+            f"there is no {kind[:-1]} called {name!r}",
+            f"known: {', '.join(known)}",
+            f"did you mean {guess}?" if guess else "kilobayes list shows them with their options",
+        )
+    fields = list(known[name].defaults)
+    named = {k.arg or "**": k.value for k in call.keywords}
+    if len(call.args) > len(fields):
+        raise KilobayesError(f"{name} takes at most {len(fields)} values", f"found {len(call.args)} in {text!r}")
+    for keyword in named:
+        if keyword not in fields:
+            guess = nearest(keyword, fields)
+            raise KilobayesError(
+                f"{name} has no option {keyword!r}",
+                f"its options: {', '.join(fields)}",
+                f"did you mean {guess}=?" if guess else "",
+            )
+    values = dict(zip(fields, call.args, strict=False)) | named
+    for value in values.values():
+        if isinstance(value, ast.Call) or (isinstance(value, ast.Name) and value.id in known):
+            _walk(value, kind, text)
+        else:
+            _literal(value, text)
+    return name, fields, values
+
+
+def _literal(node: ast.expr, text: str) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        raise KilobayesError(
+            f"{ast.unparse(node)!r} in {text!r} is neither a number, a text nor a known method",
+            remedy='texts need quotes, as in over="*/A"',
+        ) from None
+
+
+def _make(node: ast.expr, kind: str, text: str) -> Any:
+    import importlib
+
+    name, _, values = _walk(node, kind, text)
+    method = getattr(importlib.import_module(f"kilobayes.{kind}"), name)
+    known = catalog(kind)
+    made = {
+        key: _make(value, kind, text)
+        if isinstance(value, ast.Call) or (isinstance(value, ast.Name) and value.id in known)
+        else _literal(value, text)
+        for key, value in values.items()
+    }
+    try:
+        return method(**made)
+    except (TypeError, ValueError) as error:
+        raise KilobayesError(f"{text!r} does not work", str(error)) from error
+
+
+def adapter(value: Any) -> Any:
+    """An adapter from an adapter or its specification."""
+    return parse(value, ADAPTERS) if isinstance(value, str) else value
+
+
+def posterior(value: Any) -> Any:
+    """A posterior from a posterior or its specification."""
+    return parse(value, POSTERIORS) if isinstance(value, str) else value
