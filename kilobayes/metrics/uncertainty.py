@@ -128,7 +128,7 @@ def error_at_coverage(
         raise KilobayesError("coverage is a share of rows", f"found {coverage}", "give a number in (0, 1]")
     size, errors = _descending(confidence, correct, weights)
     kept, wrong = np.cumsum(size, axis=-1), np.cumsum(errors, axis=-1)
-    # 0.8 * 5 must be 4 although 0.8 has no exact binary form.
+    # 0.28 of 25 rows is 7 rows, though the product comes out as 7.000000000000001.
     wanted = np.maximum(np.ceil(kept[..., -1:] * coverage - 1e-9), 1.0)
     here = (kept < wanted).sum(axis=-1, keepdims=True)
 

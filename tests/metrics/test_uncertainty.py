@@ -105,10 +105,12 @@ def test_ties_are_the_mean_over_all_orders():
 
 def test_error_at_coverage_takes_enough_rows():
     confidence, correct = np.arange(10, 0, -1.0), np.array([1, 1, 1, 1, 1, 1, 1, 0, 1, 0])
-    assert error_at_coverage(confidence, correct, 0.7) == 0.0  # 0.7 * 10 is exactly 7 rows
+    assert error_at_coverage(confidence, correct, 0.7) == 0.0
     assert error_at_coverage(confidence, correct, 0.71) == pytest.approx(1 / 8)
     assert error_at_coverage(confidence, correct, 1.0) == pytest.approx(0.2)
     assert error_at_coverage(confidence, correct, 1e-6) == 0.0  # at least one row
+    rounded = np.r_[np.ones(7), np.zeros(18)]
+    assert error_at_coverage(np.arange(25, 0, -1.0), rounded, 0.28) == 0.0  # 7 rows, though 0.28 * 25 > 7
     for wrong in (0.0, 1.1):
         with pytest.raises(KilobayesError, match="coverage"):
             error_at_coverage(confidence, correct, wrong)
