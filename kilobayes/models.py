@@ -64,8 +64,14 @@ def load_base(name: str, classes: Sequence[str], *, dtype: str = "float32", devi
 
     Raises:
         KilobayesError: what is wrong with the name, the directory, the architecture, the weights or the
-        device.
+            device; fewer than two classes, or one named twice.
     """
+    if len(set(classes)) != len(classes) or len(classes) < 2:
+        raise KilobayesError(
+            "a classifier needs two or more classes of different names",
+            f"found: {', '.join(classes) or 'none'}",
+            "name them in index order",
+        )
     folder = model_folder(name)
     kind, place = _dtype(dtype), _device(device)
     if name == "minilm":
@@ -90,9 +96,7 @@ def load_base(name: str, classes: Sequence[str], *, dtype: str = "float32", devi
                 ignore_mismatched_sizes=True,  # a head for other classes; anything else is refused below
                 output_loading_info=True,
             )
-    except (
-        Exception
-    ) as error:  # the many ways in which files can be wrong; each library has its own exception
+    except Exception as error:  # files can be wrong in many ways, each with another library's exception
         raise _explained(name, error) from None
     fresh = _fresh(name, model, info)
     _set_pad(tokenizer, model)
