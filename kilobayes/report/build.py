@@ -20,7 +20,7 @@ from kilobayes.report import plots
 from kilobayes.report.definitions import definitions
 from kilobayes.report.examples import choose
 from kilobayes.report.headline import findings, headline
-from kilobayes.report.words import FORMATS, best, number, percent, table
+from kilobayes.report.words import FORMATS, best, number, percent, probability, table
 
 # Characters that no text needs and that cannot be written, or not be seen: controls and unpaired surrogates.
 _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
@@ -67,6 +67,8 @@ def build_page(
         rows=len(evaluations[0].labels),
         risk_coverage=Markup(plots.risk_coverage_curves(list(evaluations))),
         first_rows=plots.FIRST_ROWS,
+        few_rows=plots.FEW_ROWS,
+        figures=max(len(arm["figures"]) for arm in arms),
         bins=bins,
         definitions=definitions(*shown, bins, meta.get("resamples")),
     )
@@ -144,5 +146,5 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = percent
+    environment.filters |= {"percent": percent, "probability": probability}
     return environment.get_template("page.html")

@@ -20,7 +20,7 @@ def headline(evaluations: Sequence[Evaluation], summaries: Sequence[Summary]) ->
     first = best(nll, -1)
     if first is None:
         return "No arm has a finite NLL, so none is put first."
-    name, stated = evaluations[first].name, _stated(nll[first], number, " nats")
+    name, stated = _listed([evaluations[first].name]), _stated(nll[first], number, " nats")
     if len(nll) == 1:
         return f"{name} has an NLL of {stated} on {len(evaluations[0].labels):,} test rows."
     start = f"Of {len(nll)} arms, {name} has the lowest NLL: {stated}"
@@ -32,7 +32,7 @@ def headline(evaluations: Sequence[Evaluation], summaries: Sequence[Summary]) ->
         return f"{start}; its interval is clear of {'the other' if len(others) == 1 else 'all others'}."
     if len(close) == len(others):
         return f"{start}; {'the two intervals overlap' if len(others) == 1 else 'all other intervals overlap it'}."
-    return f"{start}; the {_plural('interval', close)} of {listed(close)} {_plural('overlap', close, verb=True)} it."
+    return f"{start}; the {_plural('interval', close)} of {_listed(close)} {_plural('overlap', close, verb=True)} it."
 
 
 def findings(evaluations: Sequence[Evaluation], summaries: Sequence[Summary]) -> list[tuple[str, str]]:
@@ -49,9 +49,10 @@ def findings(evaluations: Sequence[Evaluation], summaries: Sequence[Summary]) ->
     return [(topic, words) for topic, words in found if words]
 
 
-def listed(names: Sequence[str]) -> str:
-    """a; a and b; a, b and c."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+def _listed(names: Sequence[str]) -> str:
+    """a; a and b; a, b and c; names that could be mistaken for such a list are quoted."""
+    shown = [f"“{name}”" if "," in name or " and " in name else name for name in names]
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
 
 def _runner_up(evaluations: Sequence[Evaluation], nll: Sequence[Interval], first: int) -> str:
@@ -64,8 +65,8 @@ def _runner_up(evaluations: Sequence[Evaluation], nll: Sequence[Interval], first
         return ""  # tested on different rows: there is nothing to pair
     verdict = "support the lead" if difference.low > 0 else "do not settle which is better"
     return (
-        f"{evaluations[first].name} is {_stated(difference, number, ' nats')} below the runner-up, "
-        f"{evaluations[second].name}, when both are resampled on the same rows. The rows {verdict}."
+        f"{_listed([evaluations[first].name])} is {_stated(difference, number, ' nats')} below the runner-up, "
+        f"{_listed([evaluations[second].name])}, when both are resampled on the same rows. The rows {verdict}."
     )
 
 
@@ -78,14 +79,15 @@ def _highest(evaluations: Sequence[Evaluation], values: Sequence[Interval], form
         return f"{_stated(peak, form)}."
     names = [one.name for one, value in zip(evaluations, values, strict=True) if value.value == peak.value]
     others = [value for value in values if value.value < peak.value]
-    start = f"{'Highest' if len(names) == 1 else 'Shared highest'}: {listed(names)} with {_stated(peak, form)}"
+    start = f"{'Highest' if len(names) == 1 else 'Shared highest'}: {_listed(names)} with {_stated(peak, form)}"
     if not others:
         return f"{start}."
     close = sum(overlap(value, peak) for value in others)
-    share = f"{'none' if close == 0 else 'all' if close == len(others) else close} of the {len(others)} other arms"
     if len(others) == 1:
-        share = "the other arm" if close else "no other arm"
-    return f"{start}. The interval of {share} overlaps."
+        return f"{start}. The other interval {'overlaps' if close else 'does not overlap'} it."
+    if close == len(others):
+        return f"{start}. {'Both' if close == 2 else 'All'} other intervals overlap it."
+    return f"{start}. {close or 'None'} of the {len(others)} other intervals {'overlaps' if close < 2 else 'overlap'} it."
 
 
 def _calibration(evaluation: Evaluation, summary: Summary) -> str:
@@ -96,7 +98,7 @@ def _calibration(evaluation: Evaluation, summary: Summary) -> str:
     if abs(gap) >= 0.0005:
         direction = f"{abs(100 * gap):.1f} points too {'sure' if gap > 0 else 'unsure'} on average"
     words = (
-        f"{evaluation.name} is {percent(float(confidence.mean()))} sure on average and right on "
+        f"{_listed([evaluation.name])} is {percent(float(confidence.mean()))} sure on average and right on "
         f"{percent(float(correct.mean()))} of the rows: {direction}"
     )
     if accuracy.low <= confidence.mean() <= accuracy.high:

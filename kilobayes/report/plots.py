@@ -23,7 +23,11 @@ Quantity = Literal["entropy", "mutual information"]
 FIRST_ROWS = 20
 """Risk-coverage curves start at this many answered rows: the error rate of fewer is too coarse to draw."""
 
+FEW_ROWS = 10
+"""Bins of a reliability diagram with fewer rows are drawn faint."""
+
 _WIDTH = 4.6  # inches of 72 units: on a phone one unit is about one pixel, so text stays readable
+_HEIGHT = 3.9
 _POINTS = 160  # of a curve, at most
 _MARKERS = "osD^vPX*"
 _DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (7, 2, 1.5, 2), (9, 3), (3, 1.5, 1, 1.5))
@@ -33,7 +37,7 @@ _Z = 1.959964  # 97.5 % point of the normal distribution
 def reliability_diagram(evaluation: Evaluation, arm: int = 0, bins: int = BINS) -> str:
     """Accuracy against mean confidence in bins of equal width, the gap hatched; below it the rows of each bin."""
     table = reliability(evaluation.probs, evaluation.labels, bins)
-    figure = Figure(figsize=(_WIDTH, 4.2), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     axes, rows = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     _dress(axes, "", "accuracy")
     _dress(rows, f"confidence, in {bins} bins of equal width", "rows")
@@ -41,14 +45,14 @@ def reliability_diagram(evaluation: Evaluation, arm: int = 0, bins: int = BINS) 
     for i in np.flatnonzero(table.count):
         left, width = table.edges[i], table.edges[i + 1] - table.edges[i]
         accuracy, confidence = table.accuracy[i], table.confidence[i]
-        axes.bar(left, accuracy, width, align="edge", color=main, alpha=0.28, linewidth=0)
-        sure = confidence > accuracy
+        sure, strength = confidence > accuracy, 1.0 if table.count[i] >= FEW_ROWS else 0.4
+        axes.bar(left, accuracy, width, align="edge", color=main, alpha=0.28 * strength, linewidth=0)
         axes.bar(
             left, abs(confidence - accuracy), width, min(confidence, accuracy), align="edge", facecolor="none",
-            hatch="////" if sure else "\\\\\\\\", edgecolor=colour("wrong" if sure else "right"), linewidth=0.8,
+            hatch="////" if sure else "\\\\\\\\", edgecolor=colour("wrong" if sure else "right"), linewidth=0.8, alpha=strength,
         )  # fmt: skip
-        axes.plot([confidence] * 2, wilson(accuracy, table.count[i]), color=colour("ink"), linewidth=1)
-        axes.plot(confidence, accuracy, **(_line(arm) | {"linestyle": "none", "markersize": 6}))
+        axes.plot([confidence] * 2, wilson(accuracy, table.count[i]), color=colour("ink"), linewidth=1, alpha=strength)
+        axes.plot(confidence, accuracy, **(_line(arm) | {"linestyle": "none", "alpha": strength}), clip_on=False, zorder=3)
         rows.bar(left, table.count[i], width, align="edge", color=main, edgecolor=colour("surface"))
     axes.plot([0, 1], [0, 1], color=colour("ink"), linewidth=1, dashes=(4, 3))
     axes.set(xlim=(0, 1), ylim=(0, 1.03))
@@ -66,7 +70,7 @@ def wilson(share: float, count: float) -> tuple[float, float]:
 
 def risk_coverage_curves(evaluations: list[Evaluation]) -> str:
     """Error among the rows answered when only the surest share is answered, one curve an arm (arXiv:1705.08500)."""
-    figure = Figure(figsize=(_WIDTH, 3.7), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     axes = figure.subplots()
     _dress(axes, "coverage: share answered, surest first", "error among the answered")
     axes.axvline(0.8, color=colour("muted"), linewidth=1, dashes=(2, 2))
@@ -75,7 +79,7 @@ def risk_coverage_curves(evaluations: list[Evaluation]) -> str:
         first = min(FIRST_ROWS, len(risk)) - 1
         points = np.unique(np.linspace(first, len(risk) - 1, _POINTS).round().astype(int))
         # Markers are set off from arm to arm, so that curves on top of each other show both.
-        axes.plot(coverage[points], risk[points], **_line(arm), markevery=(0.02 * arm + 0.02, 0.16))
+        axes.plot(coverage[points], risk[points], **_line(arm), markevery=(0.02 * arm + 0.02, 0.16), clip_on=False)
     axes.set(xlim=(0, 1))
     axes.set_ylim(bottom=0)
     _percent(axes.xaxis, axes.yaxis)
@@ -130,7 +134,7 @@ def swatch(arm: int) -> str:
 
 def _mirrored(edges: np.ndarray, *groups: tuple[np.ndarray, str, str]) -> Figure:
     """Two histograms back to back, each scaled to sum to 1, so that a small group is not lost beside a large one."""
-    figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     axes = figure.subplots()
     _dress(axes, "", "share of the group")
     for (values, role, label), sign, hatch in zip(groups, (1, -1), ("", "////"), strict=True):

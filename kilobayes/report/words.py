@@ -16,12 +16,19 @@ def number(value: float) -> str:
     """Three decimals; infinities and missing values as signs."""
     if math.isnan(value):
         return "–"
-    return f"{value:.3f}" if math.isfinite(value) else ("∞" if value > 0 else "−∞")
+    return (f"{value:.3f}" if math.isfinite(value) else "∞" if value > 0 else "-∞").replace("-", "−")
 
 
 def percent(value: float) -> str:
     """A share as a percentage with one decimal."""
     return f"{100 * value:.1f}%" if math.isfinite(value) else number(value)
+
+
+def probability(value: float) -> str:
+    """A percentage that never rounds doubt away: 1 - 1e-5 is ">99.9%", and only 1 itself is "100.0%"."""
+    if 0.9995 <= value < 1:
+        return ">99.9%"
+    return "<0.1%" if 0 < value < 0.0005 else percent(value)
 
 
 def size(value: float) -> str:
