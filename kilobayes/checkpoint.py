@@ -31,16 +31,6 @@ def write_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
     os.replace(temporary, path)
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """A text file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 

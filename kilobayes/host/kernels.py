@@ -87,7 +87,9 @@ class PackedWeight:
         return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
 
 
-def pack(weight: Tensor, bias: Tensor | None = None, backward: bool = True, inputs_first: bool = False) -> PackedWeight:
+def pack(
+    weight: Tensor, bias: Tensor | None = None, backward: bool = True, inputs_first: bool = False
+) -> PackedWeight:
     """Reorder ``weight`` ``(d_out, d_in)``, or ``(d_in, d_out)`` with ``inputs_first``; costs a copy, two with backward.
 
     Raises:

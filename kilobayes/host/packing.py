@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kilobayes.errors import KilobayesError
-from kilobayes.host.kernels import DTYPES, PackedWeight, available, linear, low_rank_linear, pack
+from kilobayes.host.kernels import PackedWeight, available, linear, low_rank_linear, pack
 
 __all__ = ["PackedWeight", "available", "low_rank_linear", "packed", "packed_weights", "worthwhile"]
 
@@ -55,18 +55,20 @@ def _layout(module: nn.Module) -> bool | None:
     return None
 
 
-def _packable(module: nn.Module, dtype: torch.dtype | None) -> bool:
+def _packable(module: nn.Module, dtype: torch.dtype) -> bool:
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if weight is None or "forward" in module.__dict__ or _layout(module) is None:
         return False
     parts = [weight] if bias is None else [weight, bias]
     return (
-        all(type(part) is nn.Parameter and not part.requires_grad and not part.is_inference() for part in parts)
+        all(
+            type(part) is nn.Parameter and not part.requires_grad and not part.is_inference()
+            for part in parts
+        )
         and all(part.is_cpu and part.dtype == weight.dtype for part in parts)
-        and weight.dtype in (DTYPES if dtype is None else (dtype,))
+        and weight.dtype == dtype
         and weight.layout is torch.strided
         and weight.numel() > 0
-        and worthwhile(weight.dtype)
     )
 
 
@@ -81,7 +83,8 @@ def packed(model: nn.Module, dtype: torch.dtype | None = None, backward: bool = 
     inside the context goes back to its own code, save for in-place changes through ``.data``, which nothing can see.
 
     Args:
-        dtype: pack only weights of this dtype; by default float32 and bfloat16.
+        dtype: the weights to pack, float32 unless given. bfloat16 is there for passes over few rows (a decode step);
+            a training step gains about a hundredth, since those products are fast already.
         backward: also pack the transposes, so that gradients reach the layers below; a second copy in memory.
             Without it a layer whose input needs a gradient runs its own code.
 
@@ -89,9 +92,10 @@ def packed(model: nn.Module, dtype: torch.dtype | None = None, backward: bool = 
         The same model.
     """
     replaced: list[nn.Module] = []
+    dtype = torch.float32 if dtype is None else dtype
     try:
         with torch.inference_mode(False):
-            for module in model.modules():
+            for module in model.modules() if worthwhile(dtype) else ():
                 if _packable(module, dtype):
                     weight, bias = module._parameters["weight"], module._parameters.get("bias")
                     record = pack(weight, bias, backward, inputs_first=bool(_layout(module)))
@@ -116,8 +120,9 @@ def worthwhile(dtype: torch.dtype = torch.float32) -> bool:
     """Whether packed products of this dtype pay on this machine; the same answer throughout a process.
 
     bfloat16 always does where oneDNN has it: the plain product is oneDNN's too and reorders the weight at every call.
-    float32 is timed once, a few milliseconds: packed must take under 0.8 of MKL's time. It does on AMD (0.4 to 0.6)
-    and not on Intel with AVX-512 (0.9), far enough apart that runs on one machine agree, rounding included.
+    float32 is timed once, in about 15 ms: packed must take under 0.8 of MKL's time. MKL that stays on AVX2 (AMD) is
+    beaten clearly (0.65 and less), MKL on AVX-512 (Intel) hardly (0.97): so far apart that runs on one machine agree,
+    rounding included.
     ``KILOBAYES_PACK=1`` packs wherever the operators work; ``KILOBAYES_PACK=0`` never.
 
     Raises:
@@ -125,7 +130,9 @@ def worthwhile(dtype: torch.dtype = torch.float32) -> bool:
     """
     forced = os.environ.get("KILOBAYES_PACK", "")
     if forced not in ("", "0", "1"):
-        raise KilobayesError("KILOBAYES_PACK must be 0 or 1", f"found {forced!r}", "unset it to decide by timing")
+        raise KilobayesError(
+            "KILOBAYES_PACK must be 0 or 1", f"found {forced!r}", "unset it to decide by timing"
+        )
     if forced == "0" or not available(dtype):
         return False
     return forced == "1" or dtype is not torch.float32 or _time_ratio() < 0.8

@@ -1,0 +1,102 @@
+"""Which rows a run trains on, calibrates on and is evaluated on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kilobayes.errors import KilobayesError
+from kilobayes.options import Options
+from kilobayes.tasks.data import Examples, available_splits, load_examples
+from kilobayes.tasks.split import stratified_holdout
+
+TESTS = ("test", "validation", "dev", "valid", "eval")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows of a run.
+
+    Attributes:
+        notes: what a reader of the report must know about them.
+    """
+
+    train: Examples
+    calibration: Examples
+    test: Examples | None
+    ood: Examples | None
+    test_name: str
+    notes: list[str]
+
+
+def columns(options: Options) -> dict[str, Any]:
+    return {
+        "text_column": options.text_column,
+        "pair_column": options.pair_column,
+        "label_column": options.label_column,
+    }
+
+
+def load_splits(options: Options, source: Any = None) -> Splits:
+    """Read what ``options`` name; calibration rows are held out of training by class unless named.
+
+    Raises:
+        KilobayesError: as reading examples; fewer than two classes; no data named.
+    """
+    source = source if source is not None else options.data
+    if isinstance(source, str) and not source:
+        raise KilobayesError("no data is named", remedy="as in --data train.csv")
+    named = columns(options)
+    there = available_splits(source)
+    train_split = "train" if "train" in there or len(there) != 1 else there[0]
+    everything = load_examples(source, train_split, **named)
+    if len(everything.classes) < 2:
+        raise KilobayesError(
+            "classification needs at least two classes", f"found {everything.classes}", "check --label-column"
+        )
+    train = everything
+    if options.limit_train is not None:
+        train = load_examples(everything, limit=options.limit_train, seed=options.seed)
+    known = everything.classes
+    try:
+        share = float(options.calibration)
+    except ValueError:
+        share = 0.0
+    if share:
+        wanted: float | int = share if share < 1 else int(share)
+        kept, held = stratified_holdout(train.labels or [], wanted, options.seed)
+        train, calibration = train.take(kept), train.take(held)
+    elif options.calibration in there:
+        calibration = load_examples(source, options.calibration, classes=known, **named)
+    else:
+        calibration = load_examples(options.calibration, classes=known, **named)
+    test, test_name, notes = _test(options, source, there, known)
+    if train_split in (test_name, options.test):
+        notes.append("The rows evaluated on were trained on.")
+    ood = None
+    if options.ood:
+        ood = load_examples(options.ood, _first(available_splits(options.ood)), need_labels=False, limit=options.limit)
+    return Splits(train, calibration, test, ood, test_name, notes)
+
+
+def _test(options: Options, source: Any, there: list[str], known: list[str]) -> tuple[Examples | None, str, list[str]]:
+    named = columns(options)
+    if options.test and options.test not in there:
+        name = options.test
+        test = load_examples(name, _first(available_splits(name)), classes=known, limit=options.limit, **named)
+        return test, name, []
+    name = options.test or next((t for t in TESTS if t in there and t != options.calibration), "")
+    if name:
+        try:
+            test = load_examples(source, name, classes=known, limit=options.limit, **named)
+            return test, name, []
+        except KilobayesError:
+            if options.test or name != "test" or "validation" not in there:
+                raise  # a hub's test split without labels falls back to validation; anything else is an error
+            test = load_examples(source, "validation", classes=known, limit=options.limit, **named)
+            return test, "validation", ["The test split has no usable labels; validation is used."]
+    return None, "calibration", ["There is no test split: the figures are of the rows that were also calibrated on."]
+
+
+def _first(splits: list[str]) -> str | None:
+    return next((t for t in TESTS if t in splits), splits[0] if splits else None)

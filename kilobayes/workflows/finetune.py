@@ -1,0 +1,223 @@
+"""From examples to a posterior: host the adapter, train, fit what is fitted afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from kilobayes import host, spec, store, train
+from kilobayes.checkpoint import Checkpoint
+from kilobayes.errors import KilobayesError
+from kilobayes.metrics.cost import measure
+from kilobayes.models import Base, fingerprint, load_base
+from kilobayes.optim import AdamW
+from kilobayes.options import Options
+from kilobayes.posteriors import ask
+from kilobayes.predict import CalibrationEnergy, Predictive, Rows, class_nll, predict
+from kilobayes.random import generator
+from kilobayes.tasks.classify import Classify
+from kilobayes.tasks.data import Examples
+from kilobayes.types import Params, Posterior, Progress
+
+Watch = Callable[[Progress, Tensor], None]
+HEAD_DEVIATION = 0.02  # of a new head's weights, as BERT's and most of its successors' initialisers
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A model with its posterior, ready to predict.
+
+    Attributes:
+        card: what is saved beside the posterior.
+        truncated: training rows that lost their end.
+        trained: what the loop returned; None for a loaded run.
+        cost: seconds, bytes; empty for a loaded run.
+    """
+
+    model: nn.Module
+    task: Classify
+    posterior: Posterior
+    state: Any
+    card: store.Card
+    truncated: int = 0
+    trained: train.Trained | None = None
+    cost: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def predict(self, examples: Examples, samples: int | None = None, batch_size: int = 32) -> Predictive:
+        """The posterior predictive; draws come from the run's own seed, so it repeats."""
+        return predict(
+            self.model,
+            self.posterior,
+            self.state,
+            self.task,
+            self.task.encode(examples),
+            samples=samples or self.card.samples,
+            gen=generator(self.card.seed, 7),
+            batch_size=batch_size,
+        )
+
+
+def device_of(name: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def attach(base: Base, options: Options) -> PeftModel:
+    """The base with the adapter hosted on it, a stack of one."""
+    targets: Any = options.target_modules
+    if targets and targets != "all-linear":
+        targets = [t.strip() for t in targets.split(",")]
+    layers = [int(i) for i in options.layers.split(",")] if options.layers else None
+    if layers and targets is None:
+        targets = _default_targets(base.model)
+    elsewhere = sorted({n.rpartition(".")[0] for n in base.fresh if n.split(".")[0] not in ("classifier", "score")})
+    config = host.KilobayesConfig(
+        adapter=options.adapter,
+        target_modules=targets,
+        layers_to_transform=layers,
+        modules_to_save=elsewhere or None,
+        seed=options.seed,
+        task_type="SEQ_CLS",
+    )
+    return get_peft_model(base.model, config)  # type: ignore[arg-type]
+
+
+def _default_targets(model: Any) -> list[str]:
+    kind = model.config.model_type
+    mapping = host.KilobayesModel.target_module_mapping
+    if kind not in mapping:
+        raise KilobayesError("--layers needs --target-modules here", f"no defaults are known for {kind}")
+    return list(mapping[kind])
+
+
+def start(model: nn.Module, base: Base, seeds: list[int]) -> Params:
+    """Initial leaves of a stack, member s from ``seeds[s]`` alone; a new head gets its own start for each member."""
+    theta, _ = host.initial(host.method(model), host.sites(model), seeds)
+    for key, value in host.read(model).items():
+        if key in theta:
+            continue
+        path, _, leaf = key.rpartition("/")
+        stack = value.detach().cpu().float().repeat(len(seeds), *[1] * (value.dim() - 1))
+        if leaf == "weight" and f"{path}.weight" in base.fresh:
+            draws = [torch.randn(value.shape[1:], generator=generator(seed, 4)) for seed in seeds]
+            stack = HEAD_DEVIATION * torch.stack(draws)
+        theta[key] = stack
+    return theta
+
+
+def member_seeds(seed: int, members: int) -> list[int]:
+    """Seeds of an ensemble's members, apart from those of other runs' seeds."""
+    return [1000 * seed + member for member in range(members)]
+
+
+def settings_of(options: Options, seeds: list[int]) -> train.Settings:
+    return train.Settings(
+        lr=options.lr,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        accumulate=options.accumulate,
+        seeds=tuple(seeds),
+        warmup=options.warmup,
+        optimiser=AdamW(weight_decay=options.weight_decay, clip=options.clip),
+        autocast=options.autocast,
+        max_seconds=60 * options.max_minutes,
+    )
+
+
+def fit_examples(
+    options: Options,
+    examples: Examples,
+    calibration: Examples | None,
+    *,
+    checkpoint: Path | None = None,
+    watch: Watch | None = None,
+) -> Fitted:
+    """Fine-tune on examples and fit the posterior.
+
+    Args:
+        calibration: for posteriors that are fitted after training; never trained on.
+        checkpoint: file to keep the training state in, and to resume from if ``options.resume``.
+
+    Raises:
+        KilobayesError: as everything it calls; a posterior that needs calibration rows and gets none.
+    """
+    posterior = spec.posterior(options.posterior)
+    if ask.needs_calibration(posterior) and not calibration:
+        raise KilobayesError(f"{options.posterior} needs rows to calibrate on", "none", "as in --calibration 0.2")
+    base = load_base(options.model, examples.classes, dtype=options.dtype, device=device_of(options.device))
+    print_ = fingerprint(base.model, exclude=(*base.fresh, "classifier", "score"))
+    model = attach(base, options)
+    task = Classify(base.tokenizer, tuple(examples.classes), min(options.max_length, base.longest or options.max_length))
+    seeds = member_seeds(options.seed, ask.members(posterior))
+    encoded = task.encode(examples)
+    save = None
+    if checkpoint is not None:
+        identity = options.identity() | {"base": print_, "rows": digest(examples)}
+        save = Checkpoint(checkpoint, identity, resume=options.resume)
+    with measure() as cost, ExitStack() as stack:
+        stack.enter_context(host.packed(model))
+        stack.enter_context(host.read_token(model))
+        if options.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            stack.callback(model.gradient_checkpointing_disable)
+        trained = train.fit(
+            model,
+            Rows(task, encoded),
+            class_nll(task),
+            posterior,
+            start(model, base, seeds),
+            settings_of(options, seeds),
+            save=save,
+            watch=watch,
+        )
+        state = trained.state
+        if calibration:
+            energy = CalibrationEnergy(model, task, task.encode(calibration))
+            state = ask.fit(posterior, state, energy, generator(options.seed, 6))
+    card = store.Card(
+        posterior=repr(posterior),
+        adapter=repr(host.method(model)),
+        base=options.model,
+        fingerprint=print_,
+        classes=list(examples.classes),
+        max_length=task.max_length,
+        samples=options.samples,
+        seed=options.seed,
+        target_modules=[site.name for site in host.sites(model)],
+        dtype=options.dtype,
+    )
+    numbers = sum(v[0].numel() for v in host.read(model).values())
+    cost = dict(cost) | {"trained_bytes": 4.0 * numbers * len(seeds)}
+    return Fitted(model, task, posterior, state, card, encoded.truncated, trained, cost)
+
+
+def digest(examples: Examples) -> str:
+    """SHA-256 of texts and labels: what a checkpoint was trained on."""
+    rows = zip(examples.texts, examples.pairs or examples.texts, examples.labels or [])
+    return hashlib.sha256("\x1e".join("\x1f".join(map(str, row)) for row in rows).encode()).hexdigest()
+
+
+def load(folder: Path, *, model: str | None = None, device: str = "auto") -> Fitted:
+    """A saved run, ready to predict.
+
+    Args:
+        model: where the base is now, if not where it was.
+
+    Raises:
+        KilobayesError: no run, damaged files, or another base than the run was trained on.
+    """
+    card = store.read_card(folder)
+    name = model or card.base
+    base = load_base(name, card.classes, dtype=card.dtype, device=device_of(device))
+    store.check_fingerprint(card, fingerprint(base.model, exclude=(*base.fresh, "classifier", "score")))
+    posterior, state = store.read_state(folder, card)
+    hosted = PeftModel.from_pretrained(base.model, str(folder))  # type: ignore[arg-type]
+    return Fitted(hosted, Classify(base.tokenizer, tuple(card.classes), card.max_length), posterior, state, card)
