@@ -1,12 +1,13 @@
 """Matrix products with a frozen weight that was brought into the CPU's own layout once.
 
-torch runs a float32 ``nn.Linear`` on the CPU through MKL, which on AMD processors stays on AVX2; oneDNN uses all the
-vector units it finds. A frozen weight never changes, so it can be reordered once for ``W`` (forward) and once for its
-transpose (backward for activations). The arithmetic keeps the weight's own precision; only the order of summation
-differs. No batch size is given to the reordering: that layout serves every number of rows, whereas one made for a
-single row would be reordered again at every call.
+torch runs a float32 ``nn.Linear`` on the CPU through MKL, which on AMD processors stays on AVX2; oneDNN uses
+all the vector units it finds. A frozen weight never changes, so it can be reordered once for ``W`` (forward)
+and once for its transpose (backward for activations). The arithmetic keeps the weight's own precision; only
+the order of summation differs. No batch size is given to the reordering: that layout serves every number of
+rows, whereas one made for a single row would be reordered again at every call.
 
-The two operators belong to torch's compiler and are not public, so ``available`` tries them before anything else does.
+The two operators belong to torch's compiler and are not public, so ``available`` tries them before anything
+else does.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class PackedWeight:
 
     Attributes:
         source: the weight as the module holds it; never written to.
-        values: what ``source`` held when it was packed, as ``(d_out, d_in)`` (the same memory, kept so that its
-            address stays taken).
+        values: what ``source`` held when it was packed, as ``(d_out, d_in)``: the same memory, kept so that
+            its address stays taken.
         version: of ``source`` when it was packed, to notice in-place changes.
         d_in, d_out: input and output width.
         weight: ``(d_out, d_in)`` reordered (opaque).
@@ -58,12 +59,14 @@ class PackedWeight:
         flipped = (self.d_out, self.d_in, self.transpose, self.weight, None)
         return PackedWeight(self.source, self.values, self.version, *flipped)
 
-    def current(self, source: Tensor | None) -> bool:
-        """Whether ``source`` is still the frozen weight that was packed, with unchanged numbers, and eager code runs
-        (no autocast, no ``torch.func`` transform, no compiler)."""
+    def current(self, source: Tensor | None, bias: Tensor | None) -> bool:
+        """Whether these are still the frozen tensors that were packed, numbers unchanged, and the code runs
+        eagerly (no autocast, no ``torch.func`` transform, no compiler)."""
         return (
             source is self.source
+            and bias is self.bias
             and not source.requires_grad
+            and (bias is None or not bias.requires_grad)
             and source._version == self.version
             and source.data_ptr() == self.values.data_ptr()
             and not torch.is_autocast_enabled("cpu")
@@ -72,7 +75,8 @@ class PackedWeight:
         )
 
     def serves(self, x: Tensor) -> bool:
-        """Whether x is a plain CPU tensor of the weight's dtype, and the transpose is at hand if it needs a gradient."""
+        """Whether x is a plain CPU tensor of the weight's dtype, and the transpose is at hand if it needs a
+        gradient."""
         return (
             type(x) is Tensor
             and x.is_cpu
@@ -90,7 +94,8 @@ class PackedWeight:
 def pack(
     weight: Tensor, bias: Tensor | None = None, backward: bool = True, inputs_first: bool = False
 ) -> PackedWeight:
-    """Reorder ``weight`` ``(d_out, d_in)``, or ``(d_in, d_out)`` with ``inputs_first``; costs a copy, two with backward.
+    """Reorder ``weight`` ``(d_out, d_in)``, or ``(d_in, d_out)`` with ``inputs_first``; costs a copy, two
+    with backward.
 
     Raises:
         RuntimeError: this build or CPU has no such operator for the dtype (see ``available``).
@@ -105,7 +110,7 @@ def pack(
         d_out=d_out,
         weight=_reorder(matrix),
         transpose=_reorder(matrix.mT) if backward else None,
-        bias=None if bias is None else bias.detach(),
+        bias=bias,
     )
 
 
@@ -163,8 +168,8 @@ def low_rank_linear(x: Tensor, packed: PackedWeight, a: Tensor, b: Tensor) -> Te
         a: ``(S, r, d_in)``.
         b: ``(S, d_out, r)``.
 
-    The update is added into the base's product in place, and only x and ``x A^T`` are kept for the backward pass. An x
-    that the packed weight does not serve takes the same products one by one.
+    The update is added into the base's product in place, and only x and ``x A^T`` are kept for the backward
+    pass. An x that the packed weight does not serve takes the same products one by one.
     """
     if not packed.serves(x):
         y = torch.nn.functional.linear(x, packed.values, packed.bias)
@@ -176,7 +181,8 @@ def low_rank_linear(x: Tensor, packed: PackedWeight, a: Tensor, b: Tensor) -> Te
 
 @functools.cache
 def available(dtype: torch.dtype = torch.float32) -> bool:
-    """Whether the private operators exist here and give the right numbers, forward and backward (tried once)."""
+    """Whether the private operators exist here and give the right numbers, forward and backward (tried
+    once)."""
     if dtype not in DTYPES or not torch.backends.mkldnn.is_available():
         return False
     try:

@@ -23,18 +23,21 @@ SMALLEST = 1 << 20
 
 
 class _PackedForward:
-    """Stands in for a module's ``forward``: packed where that serves, the module's own code everywhere else."""
+    """Stands in for a module's ``forward``: packed where that serves, the module's own code everywhere
+    else."""
 
     def __init__(self, module: nn.Module, packed: PackedWeight) -> None:
         self.module, self.packed = module, packed
         self.original = type(module).forward.__get__(module)
         self.smallest = SMALLEST if packed.source.dtype is torch.float32 else 0
 
+    def usable(self) -> PackedWeight | None:
+        held = self.module._parameters
+        return self.packed if self.packed.current(held.get("weight"), held.get("bias")) else None
+
     def __call__(self, x: Tensor) -> Tensor:
-        weight = self.packed
-        if not weight.current(self.module._parameters.get("weight")) or not weight.serves(x):
-            return self.original(x)
-        if x.numel() * weight.d_out < self.smallest:
+        weight = self.usable()
+        if weight is None or not weight.serves(x) or x.numel() * weight.d_out < self.smallest:
             return self.original(x)
         return linear(x, weight)
 
@@ -76,15 +79,16 @@ def _packable(module: nn.Module, dtype: torch.dtype) -> bool:
 def packed(model: nn.Module, dtype: torch.dtype | None = None, backward: bool = True) -> Iterator[nn.Module]:
     """Within the context, every frozen plain linear layer of ``model`` runs on prepacked weights.
 
-    That is each ``nn.Linear`` and transformers ``Conv1D`` on the CPU whose weight and bias need no gradient, the base
-    layers inside adapter layers included; quantised layers, tensor subclasses and layers whose ``forward`` was already
-    replaced are left alone. Where packing does not pay (see ``worthwhile``) nothing happens at all. Weights are never
-    written to: saving and ``state_dict`` are the same inside. A layer whose weight is swapped, unfrozen or changed
-    inside the context goes back to its own code, save for in-place changes through ``.data``, which nothing can see.
+    That is each ``nn.Linear`` and transformers ``Conv1D`` on the CPU whose weight and bias need no gradient,
+    the base layers inside adapter layers included; quantised layers, tensor subclasses and layers whose
+    ``forward`` was already replaced are left alone. Where packing does not pay (see ``worthwhile``) nothing
+    happens at all. Weights are never written to: saving and ``state_dict`` are the same inside. A layer whose
+    weight is swapped, unfrozen or changed inside the context goes back to its own code, save for in-place
+    changes through ``.data``, which nothing can see.
 
     Args:
-        dtype: the weights to pack, float32 unless given. bfloat16 is there for passes over few rows (a decode step);
-            a training step gains about a hundredth, since those products are fast already.
+        dtype: the weights to pack, float32 unless given. bfloat16 is there for passes over few rows (a decode
+            step); a training step gains about a hundredth, since those products are fast already.
         backward: also pack the transposes, so that gradients reach the layers below; a second copy in memory.
             Without it a layer whose input needs a gradient runs its own code.
 
@@ -97,8 +101,10 @@ def packed(model: nn.Module, dtype: torch.dtype | None = None, backward: bool = 
         with torch.inference_mode(False):
             for module in model.modules() if worthwhile(dtype) else ():
                 if _packable(module, dtype):
-                    weight, bias = module._parameters["weight"], module._parameters.get("bias")
-                    record = pack(weight, bias, backward, inputs_first=bool(_layout(module)))
+                    held: dict[str, Any] = module._parameters
+                    record = pack(
+                        held["weight"], held.get("bias"), backward, inputs_first=bool(_layout(module))
+                    )
                     module.__dict__["forward"] = _PackedForward(module, record)
                     replaced.append(module)
         yield model
@@ -109,20 +115,18 @@ def packed(model: nn.Module, dtype: torch.dtype | None = None, backward: bool = 
 
 
 def packed_weights(module: nn.Module) -> PackedWeight | None:
-    """The packed weight of ``module`` if it may be used now (inside ``packed``, unchanged, no autocast), or None."""
+    """The packed weight of ``module`` if it may be used now (in the context, unchanged, no autocast)."""
     forward = module.__dict__.get("forward")
-    if not isinstance(forward, _PackedForward):
-        return None
-    return forward.packed if forward.packed.current(module._parameters.get("weight")) else None
+    return forward.usable() if isinstance(forward, _PackedForward) else None
 
 
 def worthwhile(dtype: torch.dtype = torch.float32) -> bool:
     """Whether packed products of this dtype pay on this machine; the same answer throughout a process.
 
-    bfloat16 always does where oneDNN has it: the plain product is oneDNN's too and reorders the weight at every call.
-    float32 is timed once, in about 15 ms: packed must take under 0.8 of MKL's time. MKL that stays on AVX2 (AMD) is
-    beaten clearly (0.65 and less), MKL on AVX-512 (Intel) hardly (0.97): so far apart that runs on one machine agree,
-    rounding included.
+    bfloat16 always does where oneDNN has it: the plain product is oneDNN's too and reorders the weight at
+    every call. float32 is timed once, in about 15 ms: packed must take under 0.8 of MKL's time. MKL that
+    stays on AVX2 (AMD) is beaten clearly (0.65 and less), MKL on AVX-512 (Intel) hardly (0.97): so far apart
+    that runs on one machine agree, rounding included.
     ``KILOBAYES_PACK=1`` packs wherever the operators work; ``KILOBAYES_PACK=0`` never.
 
     Raises:

@@ -1,0 +1,110 @@
+"""Packed products and the fused low-rank update against plain autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from kilobayes.host import kernels
+from kilobayes.host.kernels import linear, low_rank_linear, pack
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="this torch has no packed products")
+
+
+@pytest.fixture
+def gen() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Relative to the largest entry: sums in another order lose digits where they cancel."""
+    assert got.shape == wanted.shape
+    assert got.dtype == wanted.dtype
+    assert (got - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 64, 1000, 4096])
+@pytest.mark.parametrize("inputs_first", [False, True])
+def test_one_layout_serves_every_number_of_rows(rows: int, inputs_first: bool, gen: torch.Generator) -> None:
+    weight, bias = torch.randn(24, 40, generator=gen), torch.randn(24, generator=gen)
+    record = pack(weight.mT if inputs_first else weight, bias, inputs_first=inputs_first)
+    x = torch.randn(rows, 40, generator=gen)
+    exact = (x.double() @ weight.double().T + bias.double()).float()
+    close(record.product(x), exact, 2e-6)
+    close(record.mT.product(exact), (exact.double() @ weight.double()).float(), 2e-6)
+    close(record.product(x.T.contiguous().T), exact, 2e-6)
+
+
+def test_second_derivatives(gen: torch.Generator) -> None:
+    record = pack(torch.randn(6, 5, generator=gen))
+    x = torch.randn(4, 5, generator=gen).requires_grad_()
+
+    def grad_norm(y: torch.Tensor) -> torch.Tensor:
+        (g,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(g.pow(2).sum(), x)[0]
+
+    close(grad_norm(linear(x, record)), grad_norm(x @ record.source.T))
+
+
+@pytest.mark.parametrize("stack", [1, 3])
+@pytest.mark.parametrize("shape", [(6, 40), (6, 5, 40), (3, 2, 5, 40)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("needs", ["xab", "ab", "x", "b"])
+def test_the_fused_update_matches_autograd(
+    stack: int, shape: tuple[int, ...], bias: bool, needs: str, gen: torch.Generator
+) -> None:
+    record = pack(torch.randn(24, 40, generator=gen), torch.randn(24, generator=gen) if bias else None)
+    tensors = {
+        "x": torch.randn(shape, generator=gen),
+        "a": torch.randn(stack, 4, 40, generator=gen),
+        "b": torch.randn(stack, 24, 4, generator=gen),
+    }
+    wanted_of = [tensors[k].requires_grad_() for k in needs]
+    x, a, b = tensors.values()
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        out = []
+        for s, part in enumerate(x.chunk(stack)):
+            y = part @ record.values.T + (part @ a[s].T) @ b[s].T
+            out.append(y if record.bias is None else y + record.bias)
+        return torch.cat(out)
+
+    def all_of(y: torch.Tensor) -> list[torch.Tensor]:
+        return [y.detach(), *torch.autograd.grad((y * y.detach().cos()).sum(), wanted_of)]
+
+    reference = all_of(plain(x))
+    runs = [
+        low_rank_linear(x, record, a, b),
+        checkpoint(low_rank_linear, x, record, a, b, use_reentrant=False),
+        low_rank_linear(x.mT.contiguous().mT, record, a, b),
+    ]
+    for run in runs:
+        for got, wanted in zip(all_of(run), reference, strict=True):
+            close(got, wanted)
+
+
+def test_the_fused_update_without_a_transpose_takes_the_plain_products(gen: torch.Generator) -> None:
+    record = pack(torch.randn(8, 8, generator=gen), backward=False, inputs_first=True)
+    x = torch.randn(4, 8, generator=gen).requires_grad_()
+    a, b = torch.randn(2, 3, 8, generator=gen), torch.randn(2, 8, 3, generator=gen)
+    y = low_rank_linear(x, record, a, b)
+    wanted = torch.cat([x[2 * s : 2 * s + 2] @ (record.source + (b[s] @ a[s]).T) for s in range(2)])
+    close(y, wanted)
+    close(*(torch.autograd.grad(out.sin().sum(), x)[0] for out in (y, wanted)))
+
+
+def test_missing_or_wrong_operators_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = kernels.PackedWeight.product
+
+    def missing(weight: torch.Tensor) -> torch.Tensor:
+        raise AttributeError("no such operator")
+
+    for name, owner, broken in (
+        ("product", kernels.PackedWeight, lambda self, x: product(self, x) * 1.01),
+        ("_reorder", kernels, missing),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            assert not kernels.available.__wrapped__()
+    assert kernels.available.__wrapped__()
