@@ -129,7 +129,7 @@ def fit(
     """
     stack = size(start)
     device = next(model.parameters()).device
-    theta = {k: v.to(device).requires_grad_() for k, v in clone(start).items()}
+    theta = {k: v.to(device).requires_grad_() for k, v in sorted(clone(start).items())}
     rates = settings.rates().to(device)
     streams = Streams([generator(seed, 1) for seed in settings.seeds])
     state = posterior.init(theta, generator(settings.seeds[0], 3))

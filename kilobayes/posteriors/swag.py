@@ -110,7 +110,7 @@ class SWAG:
         shrink = math.sqrt(0.5) if self.rank else 1.0
         z2 = torch.randn(n, columns, generator=gen)
         theta: Params = {}
-        for key, average in state.average.items():
+        for key, average in sorted(state.average.items()):  # files sort keys; draws must not depend on it
             variance = state.squares[key][who] / state.count[who].clamp(min=1).view(-1, *[1] * (average.dim() - 1))
             z1 = torch.randn(variance.shape, generator=gen)
             step = shrink * variance.clamp(min=0).sqrt() * z1
