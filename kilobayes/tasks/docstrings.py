@@ -48,7 +48,7 @@ _CODE = re.compile(
       | \b\w+(?:\.\w+)*\([^()]*\)                         # calls
       | \b[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+                 # dotted names
       | \b\w*_\w*\b                                       # snake_case
-      | \b(?:[A-Z]+[a-z]+\w*[A-Z]|[a-z]+[A-Z])\w*         # CamelCase
+      | \b(?:[A-Z]+[a-z]+\w*[A-Z]|[a-z]+[A-Z]|[A-Z]{2,}[a-z]{2})\w*         # CamelCase
     """,
     re.VERBOSE,
 )
