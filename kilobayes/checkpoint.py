@@ -24,7 +24,7 @@ from kilobayes.types import Params, Posterior, Progress
 
 def write_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file that is there whole or not at all: written beside it, flushed to disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")  # one name, so that what a killed run left is written over
     save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary, dict(metadata or {}))
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
@@ -66,7 +66,7 @@ class Checkpoint:
         path: the file, such as ``run/checkpoints/latest.safetensors``.
         identity: what the run is (settings, data, base); a checkpoint of another is refused.
         resume: load it if it is there.
-        seconds: write at the end of an epoch, or when so many seconds have passed since the last.
+        seconds: write when so many have passed since the last, and at the end of training.
     """
 
     path: Path
@@ -101,23 +101,35 @@ class Checkpoint:
         """Put a checkpoint's weights, moments and random states back in place.
 
         Raises:
-            KilobayesError: the checkpoint is of another run.
+            KilobayesError: the checkpoint is of another run, damaged, or not of these weights.
         """
         if not self.resume or not self.path.exists():
             return None
         tensors, metadata = read_tensors(self.path)
-        theirs = json.loads(metadata.get("identity", "{}"))
-        odd = sorted(k for k in set(theirs) | set(self.identity) if theirs.get(k) != self.identity.get(k))
+        theirs, ours = json.loads(metadata.get("identity", "{}")), json.loads(json.dumps(self.identity))
+        odd = sorted(k for k in set(theirs) | set(ours) if theirs.get(k) != ours.get(k))
         if odd:
             raise KilobayesError(
                 f"{self.path} belongs to another run",
-                "; ".join(f"{k}: {theirs.get(k)} there, {self.identity.get(k)} here" for k in odd[:3]),
+                "; ".join(f"{k}: {theirs.get(k)} there, {ours.get(k)} here" for k in odd[:3]),
                 "resume with the same settings, or name another --out",
             )
+        try:
+            return self._restore(tensors, posterior, theta, moments, streams)
+        except (KeyError, RuntimeError) as error:
+            raise KilobayesError(
+                f"{self.path} does not fit this run", f"{error}", "delete it, or train without --resume"
+            ) from None
+
+    def _restore(
+        self, tensors: dict[str, Tensor], posterior: Posterior, theta: Params, moments: AdamWState, streams: Streams
+    ) -> Found:
         with torch.no_grad():
             for name, params in (("theta", theta), ("first", moments.first), ("second", moments.second)):
                 for key, value in params.items():
-                    value.copy_(tensors[f"{name}|{key}"])
+                    if (saved := tensors[f"{name}|{key}"]).shape != value.shape:  # copy_ would broadcast
+                        raise RuntimeError(f"{key} is {tuple(saved.shape)} there, {tuple(value.shape)} here")
+                    value.copy_(saved)
         streams.restore(tensors["streams"])
         device = next(iter(theta.values())).device
         kept = {k.removeprefix("state|"): v.to(device) for k, v in tensors.items() if k.startswith("state|")}

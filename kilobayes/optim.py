@@ -62,7 +62,7 @@ def step(
     """One step in place on ``theta`` and ``state``; returns the gradient norms before clipping ``(S,)``.
 
     Args:
-        rates: learning rate of each member ``(S,)``; a member at 0 does not move.
+        rates: learning rate of each member ``(S,)``; a member at 0 stays as it is, moments included.
         count: t, from 1.
         groups: factors of the learning rate by key; 1 where absent.
     """
@@ -75,11 +75,12 @@ def step(
         gradient = gradients[key] * scale.view(across)
         rate = rates.view(across) * groups.get(key, 1.0)
         # a member that diverged has rate 0 and NaN gradients: its moments and weights must stay as they were
-        alive = rate != 0
+        alive = rates.view(across) != 0
         gradient = torch.where(alive, gradient, torch.zeros_like(gradient))
         first, second = state.first[key], state.second[key]
-        first.lerp_(gradient, 1.0 - config.beta1)
-        second.mul_(config.beta2).addcmul_(gradient, gradient, value=1.0 - config.beta2)
+        moves = alive.to(first)
+        first.lerp_(gradient, (1.0 - config.beta1) * moves)
+        second.lerp_(gradient.square(), (1.0 - config.beta2) * moves)
         if config.weight_decay:
             value.mul_(1.0 - rate * config.weight_decay)
         value.sub_(rate / bias1 * first / (second.div(bias2).sqrt_().add_(config.epsilon)))

@@ -87,7 +87,8 @@ def logits(
     device = next(model.parameters()).device
     members = tree.size(theta)
     lengths = torch.tensor([len(row) for row in encoded.ids])
-    out = torch.empty(members, len(encoded), len(task.classes))
+    with torch.inference_mode(False):  # an ordinary tensor, which may be differentiated through later
+        out = torch.empty(members, len(encoded), len(task.classes))
     mode = model.training
     model.eval()
     with ExitStack() as stack:

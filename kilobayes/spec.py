@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from typing import Any
+import types
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from kilobayes.catalog import ADAPTERS, POSTERIORS, catalog
 from kilobayes.errors import KilobayesError, nearest
+
+LONGEST = 2000  # characters; Python's parser, and ours, recurse
 
 
 def check(text: str, kind: str) -> str:
@@ -49,12 +52,13 @@ def format(method: Any) -> str:
 
 
 def _tree(text: str) -> ast.expr:
+    remedy = 'write it as in "SWAG(rank=20)"'
+    if len(text) > LONGEST:
+        raise KilobayesError("that is not a method's specification", f"it has {len(text)} characters", remedy)
     try:
         return ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError) as error:
-        raise KilobayesError(
-            f"{text!r} is not a method's specification", str(error), 'write it as in "SWAG(rank=20)"'
-        ) from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise KilobayesError(f"{text!r} is not a method's specification", str(error), remedy) from None
 
 
 def _walk(node: ast.expr, kind: str, text: str) -> tuple[str, list[Any], dict[str, Any]]:
@@ -77,6 +81,7 @@ def _walk(node: ast.expr, kind: str, text: str) -> tuple[str, list[Any], dict[st
         )
     fields = list(known[name].defaults)
     named = {k.arg or "**": k.value for k in call.keywords}
+    given = fields[: len(call.args)] + [k.arg or "**" for k in call.keywords]
     if len(call.args) > len(fields):
         raise KilobayesError(f"{name} takes at most {len(fields)} values", f"found {len(call.args)} in {text!r}")
     for keyword in named:
@@ -87,6 +92,9 @@ def _walk(node: ast.expr, kind: str, text: str) -> tuple[str, list[Any], dict[st
                 f"its options: {', '.join(fields)}",
                 f"did you mean {guess}=?" if guess else "",
             )
+    twice = sorted({key for key in given if given.count(key) > 1})
+    if twice:
+        raise KilobayesError(f"{name} is given {', '.join(twice)} twice", f"found {text!r}")
     values = dict(zip(fields, call.args, strict=False)) | named
     for value in values.values():
         if isinstance(value, ast.Call) or (isinstance(value, ast.Name) and value.id in known):
@@ -99,9 +107,10 @@ def _walk(node: ast.expr, kind: str, text: str) -> tuple[str, list[Any], dict[st
 def _literal(node: ast.expr, text: str) -> Any:
     try:
         return ast.literal_eval(node)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError, MemoryError):
+        shown = ast.get_source_segment(text.strip(), node) or text
         raise KilobayesError(
-            f"{ast.unparse(node)!r} in {text!r} is neither a number, a text nor a known method",
+            f"{shown!r} in {text!r} is neither a number, a text nor a known method",
             remedy='texts need quotes, as in over="*/A"',
         ) from None
 
@@ -118,10 +127,27 @@ def _make(node: ast.expr, kind: str, text: str) -> Any:
         else _literal(value, text)
         for key, value in values.items()
     }
+    hints = get_type_hints(method)
+    for key, value in made.items():
+        if not _fits(value, hints[key]):
+            wanted = getattr(hints[key], "__name__", str(hints[key]))
+            raise KilobayesError(f"{name}'s {key} is of type {wanted}", f"found {value!r} in {text!r}")
     try:
         return method(**made)
     except (TypeError, ValueError) as error:
         raise KilobayesError(f"{text!r} does not work", str(error)) from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a literal or a method is of a field's type; a whole number is also a float."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    kind = get_origin(hint) or hint
+    if not isinstance(kind, type):
+        return True
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind in (bool, object)
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def adapter(value: Any) -> Any:

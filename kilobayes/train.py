@@ -9,32 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from kilobayes import checkpoint, host, optim
 from kilobayes.errors import KilobayesError
 from kilobayes.posteriors import ask
 from kilobayes.random import Streams, generator
-from kilobayes.tree import clone, size
+from kilobayes.step import Interrupts, Nll, Processes, Step, TrainData, checkpointing
+from kilobayes.tree import clone, map_state, size
 from kilobayes.types import Params, Posterior, Progress
-
-
-class TrainData(Protocol):
-    """Rows to train on, as a task encodes them."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Model inputs and labels of some rows, in their order."""
-        ...
-
-
-Nll = Callable[[Any, Tensor], Tensor]  # (model output, labels (S B)) -> nats (S B)
 
 
 @dataclass(frozen=True)
@@ -63,12 +49,17 @@ class Settings:
     autocast: str = "no"
     max_seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise KilobayesError(f"{name} must be at least 1", f"found {getattr(self, name)}")
+
     def rates(self) -> Tensor:
         """Peak learning rates ``(S,)``."""
         lr = self.lr if isinstance(self.lr, tuple) else (self.lr,) * len(self.seeds)
         if len(lr) != len(self.seeds):
             raise KilobayesError(f"{len(lr)} learning rates for {len(self.seeds)} members")
-        return torch.tensor(lr)
+        return torch.tensor(lr, dtype=torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,28 +67,17 @@ class Trained:
     """What :func:`fit` returns.
 
     Attributes:
-        state: the posterior's state, K members.
+        state: the posterior's state, K members, on the CPU.
         losses: mean loss of each member and step ``(steps, K)``, in nats per row.
         diverged: members that met a NaN or blew up, and were frozen there.
-        stopped: "" when training ran to its end, else why it ended early ("time").
+        stopped: "" when training ran to its end, else why it ended early ("time"); a checkpoint then holds
+            where it stood, not what was made of it.
     """
 
     state: Any
     losses: Tensor
     diverged: list[int]
     stopped: str = ""
-
-
-def order(seed: int, epoch: int, rows: int) -> Tensor:
-    """A member's permutation of the rows in an epoch: a function of its seed and the epoch alone."""
-    return torch.randperm(rows, generator=generator(seed, epoch, 2))
-
-
-def rows_of_step(seed: int, step: int, rows: int, batch: int) -> Tensor:
-    """Rows of a member in step ``step`` (from 0): the last batch of an epoch may be shorter."""
-    per_epoch = -(-rows // batch)
-    epoch, at = divmod(step, per_epoch)
-    return order(seed, epoch, rows)[at * batch : (at + 1) * batch]
 
 
 def fit(
@@ -114,7 +94,8 @@ def fit(
     """Train the stack ``start`` on the hosted ``model`` and collect the posterior.
 
     The base runs in evaluation mode: its own dropout would draw from the global generator, and differ between a
-    member in a stack and alone. Use the adapter's dropout.
+    member in a stack and alone. Use the adapter's dropout. Under ``accelerate launch`` each process takes its share of
+    every member's rows. The first Ctrl-C ends training after the step, a second one at once.
 
     Args:
         model: a model with a hosted adapter; its parameters stay as they are, ``start`` is installed instead.
@@ -124,10 +105,15 @@ def fit(
         watch: called after every step with the losses ``(S,)``.
 
     Raises:
-        KilobayesError: every member diverged; the message names the learning rate.
+        KilobayesError: every member diverged (the message names the learning rate); no rows; another number of
+            members than seeds.
         KeyboardInterrupt: passed on after a checkpoint was written.
     """
     stack = size(start)
+    if stack != len(settings.seeds):
+        raise KilobayesError(f"a stack of {stack} members needs {stack} seeds", f"found {len(settings.seeds)}")
+    if not len(data):
+        raise KilobayesError("there are no rows to train on")
     device = next(model.parameters()).device
     theta = {k: v.to(device).requires_grad_() for k, v in sorted(clone(start).items())}
     rates = settings.rates().to(device)
@@ -141,126 +127,45 @@ def fit(
     done, began = 0, time.monotonic()
     if save is not None and (found := save.load(posterior, state, theta, moments, streams)) is not None:
         state, done, losses, alive = found.state, found.step, found.losses, found.alive.to(device)
-    work = _Work(model, data, nll, settings, streams, posterior)
+    work = Step(model, data, nll, posterior, streams, settings.seeds, settings.batch_size, settings.accumulate)
+    processes = Processes()
     mode = model.training
     model.eval()
     # dropout of the adapter is drawn by the loop, from the members' own streams, so evaluation mode loses nothing
+
+    def own(step: int) -> float:
+        return optim.linear((step - 0.5) / steps, settings.warmup)
+
     stopped = ""
     try:
-        for index in range(done, steps):
-            progress = Progress(index + 1, steps, per_epoch, len(data))
-            loss = work.step(state, theta, progress)
-            gradients = {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in theta.items()}
-            alive &= torch.isfinite(loss) & torch.isfinite(optim.norms(gradients)) & ~_exploded(losses, loss, index)
-            losses[index] = loss.cpu()
-            if not alive.any():
-                raise _diverged(settings, losses, index)
-            shape = optim.linear((index + 0.5) / steps, settings.warmup)
-            factor = ask.rate(posterior, progress, shape)
-            optim.step(settings.optimiser, moments, theta, gradients, rates * alive * factor, index + 1, work.groups)
-            state = posterior.observe(state, theta, progress)
-            done = index + 1
-            if watch is not None:
-                watch(progress, loss)
-            if save is not None and save.due(progress):
-                save.write(done, state, theta, moments, streams, losses, alive)
-            if settings.max_seconds and time.monotonic() - began > settings.max_seconds and not progress.done:
-                stopped = "time"
-                state = posterior.observe(state, theta, replace(progress, steps=done))
-                break
-    except KeyboardInterrupt:
-        if save is not None:
-            save.write(done, state, theta, moments, streams, losses, alive)
-        raise
+        with Interrupts() as interrupts, checkpointing(model):
+            for index in range(done, steps):
+                progress = Progress(index + 1, steps, per_epoch, len(data))
+                loss = work.run(state, theta, progress, settings.autocast)
+                gradients = {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in theta.items()}
+                alive &= torch.isfinite(loss) & torch.isfinite(optim.norms(gradients)) & ~_exploded(losses, loss, index)
+                losses[index] = loss.cpu()
+                if not alive.any():
+                    raise _diverged(settings, losses, index)
+                moving = rates * alive * ask.rate(posterior, progress, own)
+                optim.step(settings.optimiser, moments, theta, gradients, moving, index + 1, work.groups)
+                before, state, done = state, posterior.observe(state, theta, progress), index + 1
+                if watch is not None:
+                    watch(progress, loss)
+                late = bool(settings.max_seconds) and time.monotonic() - began > settings.max_seconds
+                late, interrupted = processes.any(late and not progress.done, interrupts.seen)
+                if save is not None and processes.first and (save.due(progress) or late or interrupted):
+                    save.write(done, state, theta, moments, streams, losses, alive)
+                if interrupted:
+                    raise KeyboardInterrupt
+                if late:
+                    stopped = "time"
+                    state = posterior.observe(before, theta, replace(progress, steps=done))
+                    break
     finally:
         host.install(model, None)
         model.train(mode)
-    return Trained(state, losses[:done], (~alive).nonzero()[:, 0].tolist(), stopped)
-
-
-@dataclass
-class _Work:
-    """One optimiser step's forward and backward passes."""
-
-    model: nn.Module
-    data: TrainData
-    nll: Nll
-    settings: Settings
-    streams: Streams
-    posterior: Posterior
-
-    def __post_init__(self) -> None:
-        self.method = host.method(self.model)
-        self.groups = getattr(self.method, "rates", dict)()
-
-    def step(self, state: Any, theta: Params, progress: Progress) -> Tensor:
-        """Losses ``(S,)`` of a step over the micro-batches; gradients are in ``theta``'s ``.grad``."""
-        settings, stack = self.settings, len(self.settings.seeds)
-        rows = [rows_of_step(s, progress.step - 1, len(self.data), settings.batch_size) for s in settings.seeds]
-        process = PartialState()
-        if process.num_processes > 1:  # each process takes its share of every member's rows
-            rows = [r[process.process_index :: process.num_processes] for r in rows]
-        for value in theta.values():
-            value.grad = None
-        count = len(rows[0])
-        size_ = -(-count // settings.accumulate)
-        total = torch.zeros(stack, device=next(iter(theta.values())).device)
-        dropped = self.method.drop(theta, self.streams) if getattr(self.method, "dropout", 0.0) else theta
-        factors = Factors(self.model)
-        for at in range(0, count, size_):
-            part = [r[at : at + size_] for r in rows]
-            share = len(part[0]) / count
-            inputs, labels = self.data.batch(torch.cat(part))
-
-            def nll(given: Params, inputs: dict = inputs, labels: Tensor = labels) -> Tensor:
-                factors.use(dropped if given is theta else given)
-                with torch.autocast(total.device.type, torch.bfloat16, enabled=settings.autocast == "bf16"):
-                    output = self.model(**{k: v.to(total.device) for k, v in inputs.items()})
-                return self.nll(output, labels.to(total.device).reshape(stack, -1))
-
-            loss = ask.objective(self.posterior, state, theta, nll, self.streams, progress)
-            (loss.sum() * share).backward()
-            total += loss.detach() * share
-        factors.backward()
-        if process.num_processes > 1:
-            for value in theta.values():
-                value.grad = reduce(value.grad, reduction="mean")
-            total = reduce(total, reduction="mean")
-        return total
-
-
-class Factors:
-    """Operators built once per optimiser step, their gradients collected, then one backward into the leaves.
-
-    The passes of gradient accumulation and of checkpointing's recomputation all meet detached factors; how an
-    adapter builds them from a bank, logits or coefficients is differentiated once.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.theta: Params | None = None
-        self.pairs: list[tuple[host.Built, host.Built]] = []
-
-    def use(self, theta: Params) -> None:
-        """Install the operators of a stack; the same stack is built once."""
-        if theta is not self.theta:
-            built = host.build(self.model, theta)
-            detached = host.detach(built)
-            host.install(self.model, detached)
-            self.pairs.append((built, detached))
-            self.theta = theta
-
-    def backward(self) -> None:
-        roots, gradients = [], []
-        for built, detached in self.pairs:
-            for path, operator in built.items():
-                for name, root in vars(operator).items():
-                    leaf = getattr(detached[path], name)
-                    if isinstance(leaf, Tensor) and leaf.grad is not None:
-                        roots.append(root)
-                        gradients.append(leaf.grad)
-        if roots:
-            torch.autograd.backward(roots, gradients)
+    return Trained(map_state(Tensor.cpu, state), losses[:done], (~alive).nonzero()[:, 0].tolist(), stopped)
 
 
 def _exploded(losses: Tensor, loss: Tensor, index: int, factor: float = 10.0) -> Tensor:

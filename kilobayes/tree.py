@@ -44,9 +44,9 @@ def concatenate(stacks: Sequence[Params]) -> Params:
 
 
 def member(params: Params, index: int | slice | Tensor) -> Params:
-    """Members of a stack; an integer keeps the leading axis, of length one."""
+    """Members of a stack; an integer, negative ones from the end, keeps the leading axis, of length one."""
     if isinstance(index, int):
-        index = slice(index, index + 1)
+        index = slice(index, index + 1 or None)
     return map_params(lambda t: t[index], params)
 
 
@@ -72,7 +72,10 @@ def unflat(rows: Tensor, like: Params) -> Params:
 
 
 def spread(k: int, n: int) -> Tensor:
-    """Which of ``k`` members each of ``n`` draws comes from: in order, every member equally often (+-1)."""
+    """Which of ``k`` members each of ``n`` draws comes from: in order, every member equally often (+-1).
+
+    Fewer draws than members come from the first ``n``.
+    """
     return torch.arange(n) * k // n if n >= k else torch.arange(n)
 
 
@@ -123,16 +126,21 @@ def state_type(posterior: Any) -> type:
 def state_member(state: Any, index: int | slice | Tensor) -> Any:
     """The state of some members of an ensemble: every tensor indexed along its leading axis."""
     if isinstance(index, int):
-        index = slice(index, index + 1)
+        index = slice(index, index + 1 or None)
+    return map_state(lambda t: t[index], state)
+
+
+def map_state(fn: Callable[[Tensor], Tensor], state: Any) -> Any:
+    """A state with ``fn`` applied to each of its tensors, nested states included."""
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(state):
         value = getattr(state, field.name)
         if isinstance(value, Tensor):
-            changed[field.name] = value[index]
+            changed[field.name] = fn(value)
         elif isinstance(value, Mapping):
-            changed[field.name] = {key: tensor[index] for key, tensor in value.items()}
+            changed[field.name] = map_params(fn, dict(value))
         else:
-            changed[field.name] = state_member(value, index)
+            changed[field.name] = map_state(fn, value)
     return dataclasses.replace(state, **changed)
 
 

@@ -186,8 +186,8 @@ class Trains(Protocol):
 class Schedules(Protocol):
     """A posterior that sets the learning rate late in training (SWA and SWAG)."""
 
-    def rate(self, progress: Progress, default: float) -> float:
-        """Learning rate relative to the peak, given the loop's own."""
+    def rate(self, progress: Progress, own: Callable[[int], float]) -> float:
+        """Learning rate of the step to come, relative to the peak; ``own(step)`` is the loop's, steps from 1."""
         ...
 
 

@@ -34,9 +34,9 @@ def objective(
     return nll(theta).mean(dim=1)
 
 
-def rate(posterior: Posterior, progress: Progress, default: float) -> float:
-    """Learning rate relative to its peak; the loop's own unless the posterior schedules it."""
-    return posterior.rate(progress, default) if isinstance(posterior, Schedules) else default
+def rate(posterior: Posterior, progress: Progress, own: Callable[[int], float]) -> float:
+    """Learning rate relative to its peak; the loop's own of that step unless the posterior schedules it."""
+    return posterior.rate(progress, own) if isinstance(posterior, Schedules) else own(progress.step)
 
 
 def fit(posterior: Posterior, state: Any, energy: Energy, gen: torch.Generator) -> Any:

@@ -56,8 +56,8 @@ class Ensemble:
     ) -> Tensor:
         return ask.objective(self.base, state, theta, nll, streams, progress)
 
-    def rate(self, progress: Progress, default: float) -> float:
-        return ask.rate(self.base, progress, default)
+    def rate(self, progress: Progress, own: Callable[[int], float]) -> float:
+        return ask.rate(self.base, progress, own)
 
     def observe(self, state: Any, theta: Params, progress: Progress) -> Any:
         return self.base.observe(state, theta, progress)

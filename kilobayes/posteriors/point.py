@@ -35,14 +35,14 @@ class Point:
         prior_precision: lambda, in nats per squared weight; 0 is maximum likelihood.
 
     Raises:
-        ValueError: a negative precision.
+        ValueError: a negative or infinite precision.
     """
 
     prior_precision: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.prior_precision < 0:
-            raise ValueError(f"prior_precision must not be negative, found {self.prior_precision}")
+        if not 0.0 <= self.prior_precision < float("inf"):
+            raise ValueError(f"prior_precision must be a number from 0 up, found {self.prior_precision}")
 
     def init(self, theta: Params, gen: torch.Generator) -> PointState:
         return PointState(clone(theta), clone(theta) if self.prior_precision else {})
@@ -65,7 +65,7 @@ class Point:
         return PointState(clone(theta), state.center) if progress.done else state
 
     def sample(self, state: PointState, n: int, gen: torch.Generator) -> Params:
-        return member(state.theta, spread(size(state.theta), n) % size(state.theta))
+        return member(state.theta, spread(size(state.theta), n))
 
     def mean(self, state: PointState) -> Params:
         return state.theta

@@ -8,13 +8,14 @@ weights' own precision at the end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kilobayes.posteriors import tail
-from kilobayes.tree import clone, map_params, member, size, spread
+from kilobayes.tree import clone, member, size, spread
 from kilobayes.types import Params, Progress
 
 
@@ -35,7 +36,7 @@ class SWA:
         snapshots: how many to collect, evenly over the tail.
         by_epoch: collect at the end of each epoch of the tail instead.
         rate_held: learning rate held in the tail, relative to the peak.
-        anneal: fraction of training over which the rate moves there; 0 at once.
+        anneal: fraction of training over which the rate moves there from where it stood; 0 at once.
 
     Raises:
         ValueError: a setting outside its range.
@@ -51,10 +52,10 @@ class SWA:
         tail.check(self.start, self.snapshots, self.rate_held, self.anneal)
 
     def init(self, theta: Params, gen: torch.Generator) -> SWAState:
-        return SWAState(clone(theta), torch.zeros(size(theta)))
+        return SWAState(clone(theta), torch.zeros(size(theta), device=next(iter(theta.values())).device))
 
-    def rate(self, progress: Progress, default: float) -> float:
-        return tail.rate(progress, default, self.start, self.rate_held, self.anneal)
+    def rate(self, progress: Progress, own: Callable[[int], float]) -> float:
+        return tail.rate(progress, own, self.start, self.rate_held, self.anneal)
 
     def observe(self, state: SWAState, theta: Params, progress: Progress) -> SWAState:
         if tail.due(progress, self.start, self.snapshots, self.by_epoch):
@@ -64,12 +65,11 @@ class SWA:
                 state.count + 1,
             )
         if progress.done:
-            precise = {k: v.to(theta[k].dtype) for k, v in state.average.items()}
-            state = SWAState(map_params(torch.Tensor.contiguous, precise), state.count)
+            state = SWAState({k: v.to(theta[k].dtype) for k, v in state.average.items()}, state.count)
         return state
 
     def sample(self, state: SWAState, n: int, gen: torch.Generator) -> Params:
-        return member(state.average, spread(size(state.average), n) % size(state.average))
+        return member(state.average, spread(size(state.average), n))
 
     def mean(self, state: SWAState) -> Params:
         return state.average

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,13 +44,13 @@ class SWAG:
     """A Gaussian around the average of the tail of training, with its low-rank plus diagonal covariance.
 
     Args:
-        rank: deviations kept; 0 for the diagonal alone.
+        rank: deviations kept, at least 2; 0 for the diagonal alone.
         scale: c, the covariance relative to the original's.
         start: fraction of training after which to collect.
         snapshots: how many to collect, evenly over the tail.
         by_epoch: collect at the end of each epoch of the tail instead.
         rate_held: learning rate held in the tail, relative to the peak.
-        anneal: fraction of training over which the rate moves there; 0 at once.
+        anneal: fraction of training over which the rate moves there from where it stood; 0 at once.
 
     Raises:
         ValueError: a setting outside its range.
@@ -65,16 +66,18 @@ class SWAG:
 
     def __post_init__(self) -> None:
         tail.check(self.start, self.snapshots, self.rate_held, self.anneal)
-        if self.rank < 0 or self.scale < 0:
-            raise ValueError(f"rank and scale must not be negative, found rank={self.rank}, scale={self.scale}")
+        if self.rank < 0 or self.rank == 1:  # one deviation has no covariance: it is divided by K - 1
+            raise ValueError(f"rank must be 0 or at least 2, found {self.rank}")
+        if not 0.0 <= self.scale < math.inf:
+            raise ValueError(f"scale must be a number from 0 up, found {self.scale}")
 
     def init(self, theta: Params, gen: torch.Generator) -> SWAGState:
         zeros = map_params(torch.zeros_like, clone(theta))
         none = map_params(lambda t: t[:, None][:, :0].clone(), clone(theta))
-        return SWAGState(clone(theta), zeros, none, torch.zeros(size(theta)))
+        return SWAGState(clone(theta), zeros, none, torch.zeros(size(theta), device=zeros[next(iter(zeros))].device))
 
-    def rate(self, progress: Progress, default: float) -> float:
-        return tail.rate(progress, default, self.start, self.rate_held, self.anneal)
+    def rate(self, progress: Progress, own: Callable[[int], float]) -> float:
+        return tail.rate(progress, own, self.start, self.rate_held, self.anneal)
 
     def observe(self, state: SWAGState, theta: Params, progress: Progress) -> SWAGState:
         if tail.due(progress, self.start, self.snapshots, self.by_epoch):
@@ -105,17 +108,19 @@ class SWAG:
         return SWAGState(average, squares, deviations, state.count + 1)
 
     def sample(self, state: SWAGState, n: int, gen: torch.Generator) -> Params:
-        who = spread(size(state.average), n) % size(state.average)
+        who = spread(size(state.average), n)
         columns = next(iter(state.deviations.values())).shape[1]
+        # both halves, or, where no deviations are kept, the whole variance
         shrink = math.sqrt(0.5) if self.rank else 1.0
-        z2 = torch.randn(n, columns, generator=gen)
+        z2 = torch.randn(n, columns, generator=gen)  # on the CPU, so draws do not depend on the device
         theta: Params = {}
         for key, average in sorted(state.average.items()):  # files sort keys; draws must not depend on it
             variance = state.squares[key][who] / state.count[who].clamp(min=1).view(-1, *[1] * (average.dim() - 1))
-            z1 = torch.randn(variance.shape, generator=gen)
+            z1 = torch.randn(variance.shape, generator=gen).to(variance)
             step = shrink * variance.clamp(min=0).sqrt() * z1
             if columns > 1:
-                step = step + torch.einsum("nk,nk...->n...", z2, state.deviations[key][who]) / math.sqrt(2 * (columns - 1))
+                kept = state.deviations[key][who]
+                step = step + torch.einsum("nk,nk...->n...", z2.to(kept), kept) / math.sqrt(2 * (columns - 1))
             theta[key] = average[who] + math.sqrt(self.scale) * step
         return theta
 

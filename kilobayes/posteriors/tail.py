@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kilobayes.types import Progress
 
 
-def check(start: float, snapshots: int, rate: float, anneal: float) -> None:
-    """Raises:
-    ValueError: a setting outside its range.
+def check(start: float, snapshots: int, rate_held: float, anneal: float) -> None:
+    """Refuse settings outside their range.
+
+    Raises:
+        ValueError: a setting outside its range.
     """
     if not 0.0 <= start < 1.0:
         raise ValueError(f"start is a fraction of training in [0, 1), found {start}")
     if snapshots < 1:
         raise ValueError(f"snapshots must be at least 1, found {snapshots}")
-    if rate <= 0.0:
-        raise ValueError(f"rate must be above 0, found {rate}")
-    if not 0.0 <= anneal <= 1.0 - start:
+    if not 0.0 < rate_held < float("inf"):
+        raise ValueError(f"rate_held must be above 0, found {rate_held}")
+    if not 0.0 <= anneal <= 1.0 - start + 1e-9:  # 1 - 0.9 is a little less than 0.1
         raise ValueError(f"anneal is a fraction of training, at most 1 - start = {1 - start:g}, found {anneal}")
 
 
+def first(steps: int, start: float) -> int:
+    """Steps before the tail; the last step always belongs to it, however late it starts."""
+    return min(round(start * steps), steps - 1)
+
+
 def due(progress: Progress, start: float, snapshots: int, by_epoch: bool) -> bool:
-    """Whether to collect after this step: evenly over the tail, its last step included, or at its epochs' ends."""
-    first = round(start * progress.steps)
-    if progress.step <= first:
+    """Whether to collect after this step: evenly over the tail, its last step included, or at its epochs' ends.
+
+    A tail of fewer steps than ``snapshots`` gives one snapshot a step.
+    """
+    before = first(progress.steps, start)
+    if progress.step <= before:
         return False
     if by_epoch:
         return progress.epoch_ended
-    tail = progress.steps - first
-    done, before = progress.step - first, progress.step - first - 1
-    return done * snapshots // tail > before * snapshots // tail
+    tail, done = progress.steps - before, progress.step - before
+    return done * snapshots // tail > (done - 1) * snapshots // tail
 
 
-def rate(progress: Progress, default: float, start: float, held: float, anneal: float) -> float:
+def rate(progress: Progress, own: Callable[[int], float], start: float, held: float, anneal: float) -> float:
     """The loop's own rate until ``start``, then linearly over ``anneal`` (or at once) to ``held``, kept to the end.
 
-    ``progress`` is that of the step to come; both rates are relative to the peak.
+    Args:
+        progress: of the step to come.
+        own: the loop's rate at a step, from 1; like ``held`` relative to the peak.
     """
-    if progress.fraction <= start:
-        return default
-    if anneal <= 0.0:
-        return held
-    # linear from the rate at which the loop's own schedule stands at the start of the tail
-    share = min(1.0, (progress.fraction - start) / anneal)
-    return default + share * (held - default)
+    before = first(progress.steps, start)
+    if progress.step <= before:
+        return own(progress.step)
+    length = anneal * progress.steps
+    share = min(1.0, (progress.step - before) / length) if length > 0 else 1.0
+    return (1.0 - share) * own(max(before, 1)) + share * held

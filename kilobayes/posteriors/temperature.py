@@ -9,6 +9,7 @@ averaged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -37,12 +38,19 @@ class Temperature:
 
     Args:
         base: the posterior whose scores are divided.
-        samples: draws of a continuous posterior that the fit averages over.
+        samples: draws of a continuous posterior that the fit averages over, and at least one of each member.
+
+    Raises:
+        ValueError: fewer than one sample.
     """
 
     base: Posterior = field(default=Point())
     samples: int = 10
     calibrates = True  # no annotation: not an option
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, found {self.samples}")
 
     def init(self, theta: Params, gen: torch.Generator) -> TemperatureState:
         return TemperatureState(self.base.init(theta, gen), torch.ones(size(theta)))
@@ -57,22 +65,22 @@ class Temperature:
     ) -> Tensor:
         return ask.objective(self.base, state.inner, theta, nll, streams, progress)
 
-    def rate(self, progress: Progress, default: float) -> float:
-        return ask.rate(self.base, progress, default)
+    def rate(self, progress: Progress, own: Callable[[int], float]) -> float:
+        return ask.rate(self.base, progress, own)
 
     def observe(self, state: TemperatureState, theta: Params, progress: Progress) -> TemperatureState:
         return TemperatureState(self.base.observe(state.inner, theta, progress), state.temperature)
 
     def fit(self, state: TemperatureState, energy: Energy, gen: torch.Generator) -> TemperatureState:
-        inner = ask.fit(self.base, state.inner, energy, gen)
-        draws = self.base.sample(inner, self.base.support(inner) or self.samples, gen)
+        inner, members = ask.fit(self.base, state.inner, energy, gen), len(state.temperature)
+        draws = self.base.sample(inner, self.base.support(inner) or max(self.samples, members), gen)
         logits = ask.transform(self.base, inner, energy.logits(draws)).double()
         labels = energy.labels.to(logits.device)
         best = best_temperature(logits, labels)
         return TemperatureState(inner, torch.full_like(state.temperature, best))
 
     def transform(self, state: TemperatureState, logits: Tensor) -> Tensor:
-        divisor = state.temperature.to(logits)[spread(len(state.temperature), len(logits)) % len(state.temperature)]
+        divisor = state.temperature.to(logits)[spread(len(state.temperature), len(logits))]
         return ask.transform(self.base, state.inner, logits) / divisor[:, None, None]
 
     def sample(self, state: TemperatureState, n: int, gen: torch.Generator) -> Params:
@@ -92,12 +100,12 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
     """
 
     def nll(log_t: float) -> float:
-        scores = torch.log_softmax(logits / torch.tensor(log_t).exp(), dim=-1)
+        scores = torch.log_softmax(logits / math.exp(log_t), dim=-1)
         picked = scores.gather(-1, labels.expand(len(logits), -1)[..., None])[..., 0]
-        return float(-picked.logsumexp(dim=0).mean())
+        return float(-picked.logsumexp(dim=0).mean())  # up to log S, which does not depend on T
 
-    grid = torch.linspace(-3.0, 3.0, 25).tolist()
+    grid = [cell / 4 for cell in range(-12, 13)]  # T = 1 among them, so the result is never worse than none
     at = min(range(len(grid)), key=lambda i: nll(grid[i]))
     bounds = (grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)])
     found = minimize_scalar(nll, bounds=bounds, method="bounded", options={"xatol": 1e-6})
-    return float(torch.tensor(found.x).exp())
+    return math.exp(min(found.x, grid[at], key=nll))

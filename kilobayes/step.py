@@ -1,0 +1,230 @@
+"""One optimiser step's forward and backward passes, for a stack, over micro-batches and processes."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from kilobayes import host
+from kilobayes.posteriors import ask
+from kilobayes.random import Streams, generator
+from kilobayes.types import Params, Posterior, Progress
+
+
+class TrainData(Protocol):
+    """Rows to train on, as a task encodes them."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Model inputs and labels of some rows, in their order."""
+        ...
+
+
+Nll = Callable[[Any, Tensor], Tensor]  # (model output, labels (S B)) -> nats (S B)
+
+
+@functools.lru_cache(maxsize=64)
+def order(seed: int, epoch: int, rows: int) -> Tensor:
+    """A member's permutation of the rows in an epoch: a function of its seed and the epoch alone."""
+    return torch.randperm(rows, generator=generator(seed, epoch, 2))
+
+
+def rows_of_step(seed: int, step: int, rows: int, batch: int) -> Tensor:
+    """Rows of a member in step ``step`` (from 0): the last batch of an epoch may be shorter."""
+    per_epoch = -(-rows // batch)
+    epoch, at = divmod(step, per_epoch)
+    return order(seed, epoch, rows)[at * batch : (at + 1) * batch]
+
+
+class Processes:
+    """The processes of ``accelerate launch``; one where there is no such thing."""
+
+    def __init__(self) -> None:
+        self.state = PartialState()
+        self.count: int = self.state.num_processes
+        self.index: int = self.state.process_index
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes files."""
+        return self.index == 0
+
+    def share(self, rows: Tensor) -> Tensor:
+        """The rows of this process, which may be none."""
+        return rows[self.index :: self.count]
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over processes."""
+        return reduce(value, reduction="sum") if self.count > 1 else value
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set in any process: all must leave the loop at the same step."""
+        if self.count == 1:
+            return list(flags)
+        return self.sum(torch.tensor(flags, dtype=torch.float32, device=self.state.device)).bool().tolist()
+
+
+@dataclass
+class Step:
+    """What does not change from one step to the next.
+
+    Args:
+        seeds: one per member: its data order.
+        batch_size: rows of a member, over all processes.
+        accumulate: micro-batches that they are split into.
+    """
+
+    model: nn.Module
+    data: TrainData
+    nll: Nll
+    posterior: Posterior
+    streams: Streams
+    seeds: tuple[int, ...]
+    batch_size: int
+    accumulate: int
+
+    def __post_init__(self) -> None:
+        self.method: Any = host.method(self.model)
+        self.groups: dict[str, float] = getattr(self.method, "rates", dict)()
+        self.processes = Processes()
+
+    def run(self, state: Any, theta: Params, progress: Progress, autocast: str) -> Tensor:
+        """Losses ``(S,)`` of a step over the micro-batches; gradients are in ``theta``'s ``.grad``."""
+        stack = len(self.seeds)
+        rows = [rows_of_step(s, progress.step - 1, len(self.data), self.batch_size) for s in self.seeds]
+        whole = len(rows[0])
+        rows = [self.processes.share(r) for r in rows]
+        for value in theta.values():
+            value.grad = None
+        count = len(rows[0])
+        size = max(1, -(-count // self.accumulate))
+        device = next(iter(theta.values())).device
+        total = torch.zeros(stack, device=device)
+        dropped = self.method.drop(theta, self.streams) if getattr(self.method, "dropout", 0.0) else theta
+        factors = Factors(self.model)
+        for at in range(0, count, size):
+            part = [r[at : at + size] for r in rows]
+            share = len(part[0]) / whole
+            inputs, labels = self.data.batch(torch.cat(part))
+
+            def nll(given: Params, inputs: dict = inputs, labels: Tensor = labels) -> Tensor:
+                factors.use(dropped if given is theta else given)
+                with torch.autocast(device.type, torch.bfloat16, enabled=autocast == "bf16"):
+                    output = self.model(**{k: v.to(device) for k, v in inputs.items()})
+                return self.nll(output, labels.to(device).reshape(stack, -1))
+
+            loss = ask.objective(self.posterior, state, theta, nll, self.streams, progress)
+            (loss.sum() * share).backward()
+            total += loss.detach() * share
+        factors.backward()
+        if self.processes.count > 1:
+            for value in theta.values():
+                value.grad = self.processes.sum(torch.zeros_like(value) if value.grad is None else value.grad)
+        return self.processes.sum(total)
+
+
+class Factors:
+    """Operators built once per optimiser step, their gradients collected, then one backward into the leaves.
+
+    The passes of gradient accumulation and of checkpointing's recomputation all meet detached factors; how an
+    adapter builds them from a bank, logits or coefficients is differentiated once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.theta: Params | None = None
+        self.pairs: list[tuple[host.Built, host.Built]] = []
+
+    def use(self, theta: Params) -> None:
+        """Install the operators of a stack; the same stack is built once."""
+        if theta is not self.theta:
+            built = host.build(self.model, theta)
+            detached = host.detach(built)
+            host.install(self.model, detached)
+            self.pairs.append((built, detached))
+            self.theta = theta
+
+    def backward(self) -> None:
+        """Carry the factors' gradients on into the leaves they were built from."""
+        roots, gradients = [], []
+        for built, detached in self.pairs:
+            for path, operator in built.items():
+                for name, root in vars(operator).items():
+                    leaf = getattr(detached[path], name)
+                    if isinstance(leaf, Tensor) and leaf.grad is not None:
+                        roots.append(root)
+                        gradients.append(leaf.grad)
+        if roots:
+            torch.autograd.backward(roots, gradients)
+
+
+@contextmanager
+def checkpointing(model: nn.Module) -> Iterator[None]:
+    """Within it, layers set to gradient checkpointing obey although the model is in evaluation mode.
+
+    transformers recomputes a layer only in training mode, and some layers read the same switch for their own dropout;
+    so the switch is on where it is asked whether to recompute, and off inside what is recomputed.
+    """
+    chosen = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    modes = [layer.training for layer in chosen]
+    functions: list[Any] = [layer._gradient_checkpointing_func for layer in chosen]
+
+    def guarded(layer: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(forward: Callable[..., Any], *args: Any) -> Any:
+            def inside(*args: Any) -> Any:
+                layer.training = False
+                try:
+                    return forward(*args)
+                finally:
+                    layer.training = True
+
+            return function(inside, *args)
+
+        return run
+
+    try:
+        for layer, function in zip(chosen, functions):
+            layer.training = True
+            layer._gradient_checkpointing_func = guarded(layer, function)  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, mode, function in zip(chosen, modes, functions):
+            layer.training = mode
+            layer._gradient_checkpointing_func = function
+
+
+class Interrupts:
+    """Within it, the first Ctrl-C only sets ``seen``, so that a step can be finished; a second one is the usual.
+
+    A handler that is not Python's own is left alone, and so are threads, which signals do not reach.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def __enter__(self) -> Interrupts:
+        main = threading.current_thread() is threading.main_thread()
+        self.ours = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self.ours:
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.seen = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *error: object) -> None:
+        if self.ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
