@@ -24,7 +24,12 @@ from kilobayes.report.words import FORMATS, best, number, percent, probability, 
 
 # Characters that no text needs and that cannot be written, or not be seen: controls and unpaired surrogates.
 _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-_COSTS = {"seconds": "time", "peak_bytes": "peak memory", "trained_bytes": "trained", "stored_bytes": "stored"}
+_COSTS = {
+    "seconds": "time",
+    "peak_bytes": "peak memory",
+    "trained_bytes": "trained",
+    "stored_bytes": "stored",
+}
 
 
 def build_page(
@@ -37,20 +42,25 @@ def build_page(
     Args:
         evaluations: the arms, at least one, in the order to show them.
         summaries: of each arm its metrics, as ``summarise`` gives them; columns that no arm has are left out.
-        meta: facts about the run, each optional: ``title``, ``command`` (the exact command line), ``versions`` (a
-            mapping), ``created`` (ISO date), ``data`` (a mapping: source, counts, hash), ``notes`` (a list), ``bins``
-            (of ECE, 15 unless told) and ``resamples`` (of the bootstrap).
+        meta: facts about the run, each optional: ``title``, ``command`` (the exact command line),
+            ``versions`` (a mapping), ``created`` (ISO date), ``data`` (a mapping: source, counts, hash),
+            ``notes`` (a list), ``bins`` (as given to ``summarise``; 15 unless told), ``resamples`` (so too).
 
     Raises:
         KilobayesError: no arm, or not one summary for each arm.
     """
     if not evaluations or len(evaluations) != len(summaries):
         found = f"{len(evaluations)} evaluations and {len(summaries)} summaries"
-        raise KilobayesError("a report needs arms and one summary for each", found, "give two lists of one length")
+        raise KilobayesError(
+            "a report needs arms and one summary for each", found, "give two lists of one length"
+        )
     bins = int(meta.get("bins", BINS))
     arms = [_arm(index, *pair, bins) for index, pair in enumerate(zip(evaluations, summaries, strict=True))]
     lead = best([summary.get("nll", Interval(math.nan, math.nan, math.nan)) for summary in summaries], -1)
-    shown = {key for summary in summaries for key in summary}, {key for one in evaluations for key in one.cost}
+    shown = (
+        {key for summary in summaries for key in summary},
+        {key for one in evaluations for key in one.cost},
+    )
     return _template().render(
         title=meta.get("title") or "Calibration report",
         created=meta.get("created", ""),
@@ -80,7 +90,7 @@ def write_report(
     summaries: Sequence[Mapping[str, Interval]],
     meta: Mapping[str, Any],
 ) -> Path:
-    """Write ``build_page`` to ``path``, whole or not at all, and return the path; its folder is made if need be."""
+    """Write ``build_page`` to ``path``, whole or not at all, making its folder; returns the path."""
     page = build_page(evaluations, summaries, meta)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +140,9 @@ def _bins(evaluation: Evaluation, bins: int) -> list[dict[str, float]]:
         "confidence": found.confidence,
         "accuracy": found.accuracy,
     }
-    return [{name: values[i].item() for name, values in columns.items()} for i in range(bins) if found.count[i]]
+    return [
+        {name: values[i].item() for name, values in columns.items()} for i in range(bins) if found.count[i]
+    ]
 
 
 def _form(cost: str) -> str:
@@ -142,7 +154,9 @@ def _template() -> Any:
         loader=PackageLoader("kilobayes.report", ""),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=lambda value: _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value,
+        finalize=lambda value: (
+            _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value
+        ),
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -17,7 +17,7 @@ LONGEST = 300
 
 @dataclass(frozen=True)
 class Example:
-    """One row; ``guesses`` are the two most probable classes, ``truth`` is None for out-of-distribution rows."""
+    """One row; ``guesses`` are the two most probable classes, ``truth`` is None out of distribution."""
 
     row: int
     text: str
@@ -47,7 +47,9 @@ def choose(evaluation: Evaluation, count: int = 4) -> list[Group]:
     groups = [
         Group("Surest and right", "highest confidence", _take(surest[correct[surest] > 0], *test)),
         Group("Surest and wrong", "highest confidence", _take(surest[correct[surest] == 0], *test)),
-        Group("Most torn", "smallest lead of the first class", _take(np.argsort(margin, kind="stable"), *test)),
+        Group(
+            "Most torn", "smallest lead of the first class", _take(np.argsort(margin, kind="stable"), *test)
+        ),
     ]
     if evaluation.ood_probs is not None:
         unfamiliar = np.argsort(-entropy(evaluation.ood_probs), kind="stable")

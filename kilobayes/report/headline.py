@@ -1,4 +1,4 @@
-"""What was found, in words computed from the numbers: who leads, by how much, and whether the rows settle it."""
+"""What was found, in words computed from the numbers: who leads, by how much, and whether that is settled."""
 
 from __future__ import annotations
 
@@ -31,12 +31,15 @@ def headline(evaluations: Sequence[Evaluation], summaries: Sequence[Summary]) ->
     if not close:
         return f"{start}; its interval is clear of {'the other' if len(others) == 1 else 'all others'}."
     if len(close) == len(others):
-        return f"{start}; {'the two intervals overlap' if len(others) == 1 else 'all other intervals overlap it'}."
-    return f"{start}; the {_plural('interval', close)} of {_listed(close)} {_plural('overlap', close, verb=True)} it."
+        whose = "the two intervals overlap" if len(others) == 1 else "all other intervals overlap it"
+        return f"{start}; {whose}."
+    if len(close) == 1:
+        return f"{start}; the interval of {_listed(close)} overlaps it."
+    return f"{start}; the intervals of {_listed(close)} overlap it."
 
 
 def findings(evaluations: Sequence[Evaluation], summaries: Sequence[Summary]) -> list[tuple[str, str]]:
-    """What else there is to say, as (topic, words): the paired comparison, accuracy, calibration, the shift test."""
+    """What else there is to say, as (topic, words): paired comparison, accuracy, calibration, shift."""
     nll = _values(summaries, "nll")
     first = best(nll, -1)
     found = []
@@ -63,14 +66,17 @@ def _runner_up(evaluations: Sequence[Evaluation], nll: Sequence[Interval], first
         difference = paired_difference("nll", evaluations[first], evaluations[second])
     except KilobayesError:
         return ""  # tested on different rows: there is nothing to pair
+    one, other = _listed([evaluations[first].name]), _listed([evaluations[second].name])
     verdict = "support the lead" if difference.low > 0 else "do not settle which is better"
     return (
-        f"{_listed([evaluations[first].name])} is {_stated(difference, number, ' nats')} below the runner-up, "
-        f"{_listed([evaluations[second].name])}, when both are resampled on the same rows. The rows {verdict}."
+        f"{one} is {_stated(difference, number, ' nats')} below the runner-up, {other}, when both are "
+        f"resampled on the same rows. The rows {verdict}."
     )
 
 
-def _highest(evaluations: Sequence[Evaluation], values: Sequence[Interval], form: Callable[[float], str]) -> str:
+def _highest(
+    evaluations: Sequence[Evaluation], values: Sequence[Interval], form: Callable[[float], str]
+) -> str:
     leader = best(values, 1)
     if leader is None:
         return ""
@@ -79,7 +85,9 @@ def _highest(evaluations: Sequence[Evaluation], values: Sequence[Interval], form
         return f"{_stated(peak, form)}."
     names = [one.name for one, value in zip(evaluations, values, strict=True) if value.value == peak.value]
     others = [value for value in values if value.value < peak.value]
-    start = f"{'Highest' if len(names) == 1 else 'Shared highest'}: {_listed(names)} with {_stated(peak, form)}"
+    start = (
+        f"{'Highest' if len(names) == 1 else 'Shared highest'}: {_listed(names)} with {_stated(peak, form)}"
+    )
     if not others:
         return f"{start}."
     close = sum(overlap(value, peak) for value in others)
@@ -87,7 +95,8 @@ def _highest(evaluations: Sequence[Evaluation], values: Sequence[Interval], form
         return f"{start}. The other interval {'overlaps' if close else 'does not overlap'} it."
     if close == len(others):
         return f"{start}. {'Both' if close == 2 else 'All'} other intervals overlap it."
-    return f"{start}. {close or 'None'} of the {len(others)} other intervals {'overlaps' if close < 2 else 'overlap'} it."
+    verb = "overlaps" if close < 2 else "overlap"
+    return f"{start}. {close or 'None'} of the {len(others)} other intervals {verb} it."
 
 
 def _calibration(evaluation: Evaluation, summary: Summary) -> str:
@@ -123,7 +132,3 @@ def _stated(interval: Interval, form: Callable[[float], str], unit: str = "") ->
     if not math.isfinite(interval.low + interval.high):
         return f"{form(interval.value)}{unit}"
     return f"{form(interval.value)}{unit} (95% interval {form(interval.low)} to {form(interval.high)})"
-
-
-def _plural(word: str, names: Sequence[str], verb: bool = False) -> str:
-    return word + "s" if (len(names) > 1) != verb else word

@@ -1,7 +1,7 @@
 """The figures of a report, each an inline SVG string (see ``svg.py`` for colours and fonts).
 
-Nothing here touches pyplot or draws a name that came from outside: the titles and legends of arms are HTML. Arms
-differ by colour, dash and marker; groups by fill, hatch and position, so every figure also reads in greyscale.
+Nothing here touches pyplot or draws a name that came from outside: the titles and legends of arms are HTML.
+Arms differ by colour, dash and marker, groups by fill, hatch and position, so figures also read in greyscale.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _Z = 1.959964  # 97.5 % point of the normal distribution
 
 
 def reliability_diagram(evaluation: Evaluation, arm: int = 0, bins: int = BINS) -> str:
-    """Accuracy against mean confidence in bins of equal width, the gap hatched; below it the rows of each bin."""
+    """Accuracy and mean confidence in bins of equal width, the gap hatched; below it the rows of each bin."""
     table = reliability(evaluation.probs, evaluation.labels, bins)
     figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     axes, rows = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -48,11 +48,24 @@ def reliability_diagram(evaluation: Evaluation, arm: int = 0, bins: int = BINS) 
         sure, strength = confidence > accuracy, 1.0 if table.count[i] >= FEW_ROWS else 0.4
         axes.bar(left, accuracy, width, align="edge", color=main, alpha=0.28 * strength, linewidth=0)
         axes.bar(
-            left, abs(confidence - accuracy), width, min(confidence, accuracy), align="edge", facecolor="none",
-            hatch="////" if sure else "\\\\\\\\", edgecolor=colour("wrong" if sure else "right"), linewidth=0.8, alpha=strength,
+            left, abs(confidence - accuracy), width, min(confidence, accuracy), align="edge", alpha=strength,
+            facecolor="none", edgecolor=colour("wrong" if sure else "right"), linewidth=0.8,
+            hatch="////" if sure else "\\\\\\\\",
         )  # fmt: skip
-        axes.plot([confidence] * 2, wilson(accuracy, table.count[i]), color=colour("ink"), linewidth=1, alpha=strength)
-        axes.plot(confidence, accuracy, **(_line(arm) | {"linestyle": "none", "alpha": strength}), clip_on=False, zorder=3)
+        axes.plot(
+            [confidence] * 2,
+            wilson(accuracy, table.count[i]),
+            color=colour("ink"),
+            linewidth=1,
+            alpha=strength,
+        )
+        axes.plot(
+            confidence,
+            accuracy,
+            **(_line(arm) | {"linestyle": "none", "alpha": strength}),
+            clip_on=False,
+            zorder=3,
+        )
         rows.bar(left, table.count[i], width, align="edge", color=main, edgecolor=colour("surface"))
     axes.plot([0, 1], [0, 1], color=colour("ink"), linewidth=1, dashes=(4, 3))
     axes.set(xlim=(0, 1), ylim=(0, 1.03))
@@ -63,13 +76,16 @@ def reliability_diagram(evaluation: Evaluation, arm: int = 0, bins: int = BINS) 
 
 def wilson(share: float, count: float) -> tuple[float, float]:
     """The 95 % Wilson interval of a share observed on ``count`` rows."""
-    centre, spread = share + _Z**2 / (2 * count), _Z * np.sqrt(share * (1 - share) / count + (_Z / (2 * count)) ** 2)
+    centre, spread = (
+        share + _Z**2 / (2 * count),
+        _Z * np.sqrt(share * (1 - share) / count + (_Z / (2 * count)) ** 2),
+    )
     scale = 1 + _Z**2 / count
     return float((centre - spread) / scale), float((centre + spread) / scale)
 
 
 def risk_coverage_curves(evaluations: list[Evaluation]) -> str:
-    """Error among the rows answered when only the surest share is answered, one curve an arm (arXiv:1705.08500)."""
+    """Error among the answered rows when only the surest are answered, a curve an arm (arXiv:1705.08500)."""
     figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     axes = figure.subplots()
     _dress(axes, "coverage: share answered, surest first", "error among the answered")
@@ -79,7 +95,9 @@ def risk_coverage_curves(evaluations: list[Evaluation]) -> str:
         first = min(FIRST_ROWS, len(risk)) - 1
         points = np.unique(np.linspace(first, len(risk) - 1, _POINTS).round().astype(int))
         # Markers are set off from arm to arm, so that curves on top of each other show both.
-        axes.plot(coverage[points], risk[points], **_line(arm), markevery=(0.02 * arm + 0.02, 0.16), clip_on=False)
+        axes.plot(
+            coverage[points], risk[points], **_line(arm), markevery=(0.02 * arm + 0.02, 0.16), clip_on=False
+        )
     axes.set(xlim=(0, 1))
     axes.set_ylim(bottom=0)
     _percent(axes.xaxis, axes.yaxis)
@@ -87,7 +105,7 @@ def risk_coverage_curves(evaluations: list[Evaluation]) -> str:
 
 
 def confidence_histogram(evaluation: Evaluation, arm: int = 0, bins: int = 20) -> str:
-    """Confidence of the right answers (upwards) and of the wrong ones (downwards), in shares of each group."""
+    """Confidence of right answers (upwards) and of wrong ones (downwards), in shares of each group."""
     confidence, correct = top(evaluation.probs, evaluation.labels)
     right, wrong = confidence[correct > 0], confidence[correct == 0]
     figure = _mirrored(np.linspace(0, 1, bins + 1), (right, "right", "right"), (wrong, "wrong", "wrong"))
@@ -99,10 +117,10 @@ def confidence_histogram(evaluation: Evaluation, arm: int = 0, bins: int = 20) -
 def shift_histogram(
     evaluation: Evaluation, arm: int = 0, bins: int = 20, quantity: Quantity = "entropy"
 ) -> str | None:
-    """Uncertainty in nats of the test rows (upwards) and the out-of-distribution rows (downwards), in shares of each.
+    """Uncertainty of test rows (upwards) and out-of-distribution rows (downwards), in shares of each group.
 
     Args:
-        quantity: "entropy" of the averaged probabilities, or the "mutual information" of class and adapter.
+        quantity: "entropy" of the averaged probabilities, or "mutual information" of class and adapter; nats.
 
     Returns:
         None when there are no out-of-distribution rows, or no mutual information (a point estimate has none).
@@ -133,13 +151,15 @@ def swatch(arm: int) -> str:
 
 
 def _mirrored(edges: np.ndarray, *groups: tuple[np.ndarray, str, str]) -> Figure:
-    """Two histograms back to back, each scaled to sum to 1, so that a small group is not lost beside a large one."""
+    """Two histograms back to back, each with sum 1, so that a small group is not lost beside a large one."""
     figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     axes = figure.subplots()
     _dress(axes, "", "share of the group")
     for (values, role, label), sign, hatch in zip(groups, (1, -1), ("", "////"), strict=True):
         count, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-        look = {"facecolor": colour(role), "alpha": 0.85} if not hatch else {"facecolor": "none", "hatch": hatch}
+        look = (
+            {"facecolor": colour(role), "alpha": 0.85} if not hatch else {"facecolor": "none", "hatch": hatch}
+        )
         axes.bar(
             edges[:-1], sign * count / max(len(values), 1), np.diff(edges), align="edge", linewidth=0.8,
             edgecolor=colour(role if hatch else "surface"), label=f"{label}: {len(values)} rows", **look,
@@ -175,7 +195,7 @@ def _role(arm: int) -> str:
 
 
 def _line(arm: int) -> dict[str, Any]:
-    # Past the last colour dashes and markers are out of step with it, so that arms of one colour still differ.
+    # Past the last colour, dashes and markers are out of step with it: arms of one colour still differ.
     dash = _DASHES[(arm + arm // ARM_COLOURS) % len(_DASHES)]
     return {
         "color": colour(_role(arm)),

@@ -1,7 +1,7 @@
 """Turn a matplotlib figure into an inline SVG whose colours and fonts come from the page's style sheet.
 
-Matplotlib knows only fixed colours, so figures are drawn in ``colour(role)``: placeholder colours, each of which
-becomes ``var(--role)`` here. One drawing then serves light, dark and print.
+Matplotlib knows only fixed colours, so figures are drawn in ``colour(role)``: placeholder colours, each of
+which becomes ``var(--role)`` here. One drawing then serves light, dark and print.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 ARM_COLOURS = 6
-ROLES = ("ink", "muted", "grid", "surface", "right", "wrong", "inside", "outside") + tuple(
-    f"arm-{number}" for number in range(1, ARM_COLOURS + 1)
-)
+_ARMS = [f"arm-{number}" for number in range(1, ARM_COLOURS + 1)]
+ROLES = ("ink", "muted", "grid", "surface", "right", "wrong", "inside", "outside", *_ARMS)
+"""What a colour is for; the style sheet gives each role its colour in light and in dark."""
 _PLACEHOLDERS = {f"#0f1e{number:02x}": f"var(--{role})" for number, role in enumerate(ROLES)}
 _IDS = re.compile(r"url\(#([^)]+)\)")
 _NUMBER = re.compile(r"-?\d+\.\d{3,}")
@@ -61,7 +61,9 @@ def _tidy(root: ElementTree.Element, key: str) -> None:
     shapes = {element.get("id"): element for element in root.iter("path") if element.get("id")}
     for element in root.iter("use"):
         _inline(element, shapes[element.attrib.pop("href")[1:]])
-    used = {name for element in root.iter() for value in element.attrib.values() for name in _IDS.findall(value)}
+    used = {
+        name for element in root.iter() for value in element.attrib.values() for name in _IDS.findall(value)
+    }
     for element in root.iter():
         if element.get("id") not in used:
             element.attrib.pop("id", None)
@@ -76,7 +78,7 @@ def _tidy(root: ElementTree.Element, key: str) -> None:
 
 
 def _inline(use: ElementTree.Element, shape: ElementTree.Element) -> None:
-    """Put the shape in place of a reference to it: a picture without ids may stand on a page any number of times."""
+    """Put the shape in place of a reference to it: without ids, a picture may stand on a page many times."""
     use.tag = "path"
     use.set("d", shape.attrib["d"])
     use.set("transform", f"translate({use.attrib.pop('x', '0')} {use.attrib.pop('y', '0')})")

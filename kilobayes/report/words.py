@@ -33,6 +33,8 @@ def probability(value: float) -> str:
 
 def size(value: float) -> str:
     """Bytes in units of a thousand: 812 B, 4.10 kB, 1.23 MB."""
+    if not math.isfinite(value):
+        return number(value)
     for unit in ("B", "kB", "MB", "GB"):
         if abs(value) < 999.5 or unit == "GB":
             break
@@ -42,10 +44,14 @@ def size(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as a person says them: 3.2 s, 42 s, 3 min 20 s, 1 h 12 min."""
+    if not math.isfinite(seconds):
+        return number(seconds)
     if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     whole = round(seconds)
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+    return (
+        f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+    )
 
 
 FORMATS = {"number": number, "percent": percent, "size": size, "duration": duration}
@@ -91,7 +97,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """One value with its interval; ``mark`` is "best", "overlaps" or ""; ``span`` is low, value, high on [0, 100]."""
+    """A value, its interval, a ``mark`` ("best", "overlaps", "") and a ``span``: low, value, high in %."""
 
     value: str
     interval: str
