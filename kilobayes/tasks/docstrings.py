@@ -28,15 +28,14 @@ from kilobayes.tasks.split import stratified_holdout
 TOPICS = {
     "concurrency": "asyncio concurrent multiprocessing queue sched subprocess threading",
     "dates": "_pydatetime _strptime calendar datetime zoneinfo",
-    "files": "bz2 dbm filecmp fileinput genericpath glob gzip lzma ntpath os pathlib posixpath _pyio shelve "
-    "shutil stat tarfile tempfile zipapp zipfile",
+    "files": "bz2 dbm filecmp fileinput genericpath glob gzip lzma ntpath os pathlib posixpath _pyio shutil "
+    "stat tarfile tempfile zipapp zipfile",
+    "mail": "email imaplib mailbox poplib quopri smtplib",
+    "markup": "html xml",
     "mathematics": "_pydecimal colorsys fractions numbers random statistics",
-    "networking": "ftplib http imaplib ipaddress poplib smtplib socket socketserver ssl urllib "
-    "wsgiref xmlrpc",
+    "networking": "ftplib http ipaddress socket socketserver ssl urllib wsgiref xmlrpc",
     "source code": "ast bdb code codeop compileall dis importlib inspect modulefinder pdb pkgutil pyclbr "
     "pydoc runpy symtable tokenize traceback typing",
-    "testing and logging": "cProfile doctest logging pstats timeit trace tracemalloc unittest warnings",
-    "text": "csv difflib email gettext html json locale mailbox pprint quopri re string textwrap xml",
 }
 STRANGERS = {"matplotlib": "a*.py", "sklearn": "[el]*/_[a-g]*.py", "torch": "nn/modules/[a-l]*.py"}
 MASK = "X"
@@ -179,7 +178,7 @@ def _readable(docstring: str, module: set[str], owner: str) -> Iterator[str]:
             words = re.findall(r"[A-Za-z][A-Za-z'-]*", masked)
             plain = [word for word in words if word.strip(MASK)]
             few_masks = len(words) - len(plain) <= len(plain) / 4
-            if _PLAIN.fullmatch(masked) and len(plain) >= 5 and len(words) <= 40 and few_masks:
+            if _PLAIN.fullmatch(masked) and len(plain) >= 6 and len(words) <= 40 and few_masks:
                 yield masked
 
 
