@@ -75,7 +75,7 @@ def load_splits(options: Options, source: Any = None) -> Splits:
         notes.append("The rows evaluated on were trained on.")
     ood = None
     if options.ood:
-        ood = load_examples(options.ood, _first(available_splits(options.ood)), need_labels=False, limit=options.limit)
+        ood = load_examples(options.ood, first_test(available_splits(options.ood)), need_labels=False, limit=options.limit)
     return Splits(train, calibration, test, ood, test_name, notes)
 
 
@@ -83,7 +83,7 @@ def _test(options: Options, source: Any, there: list[str], known: list[str]) -> 
     named = columns(options)
     if options.test and options.test not in there:
         name = options.test
-        test = load_examples(name, _first(available_splits(name)), classes=known, limit=options.limit, **named)
+        test = load_examples(name, first_test(available_splits(name)), classes=known, limit=options.limit, **named)
         return test, name, []
     name = options.test or next((t for t in TESTS if t in there and t != options.calibration), "")
     if name:
@@ -98,5 +98,5 @@ def _test(options: Options, source: Any, there: list[str], known: list[str]) -> 
     return None, "calibration", ["There is no test split: the figures are of the rows that were also calibrated on."]
 
 
-def _first(splits: list[str]) -> str | None:
+def first_test(splits: list[str]) -> str | None:
     return next((t for t in TESTS if t in splits), splits[0] if splits else None)

@@ -1,0 +1,1 @@
+"""The commands' bodies: what they print, and which workflow they call."""

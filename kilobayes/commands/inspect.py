@@ -1,0 +1,128 @@
+"""``check``, ``list`` and ``env``: nothing here imports torch unless a model's sizes are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from kilobayes import __version__, spec
+from kilobayes.catalog import ADAPTERS, POSTERIORS, catalog
+from kilobayes.commands import console
+from kilobayes.errors import KilobayesError
+from kilobayes.model_files import model_folder
+from kilobayes.options import Options
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scikit-learn", "datasets", "matplotlib")
+
+
+def check(options: Options, *, as_json: bool) -> None:
+    from kilobayes.workflows.data import load_splits
+
+    spec.check(options.adapter, ADAPTERS)
+    spec.check(options.posterior, POSTERIORS)
+    splits = load_splits(options)
+    folder = model_folder(options.model)
+    steps = -(-len(splits.train) // options.batch_size) * options.epochs
+    facts: dict[str, Any] = {
+        "model": str(folder),
+        "adapter": options.adapter,
+        "posterior": options.posterior,
+        "classes": splits.train.classes,
+        "training_rows": len(splits.train),
+        "calibration_rows": len(splits.calibration),
+        "test_rows": len(splits.test or []),
+        "test_split": splits.test_name,
+        "optimiser_steps": steps,
+        "notes": splits.notes,
+    }
+    if as_json:
+        console.result({"ok": True} | facts | {"options": dataclasses.asdict(options)})
+    else:
+        for key, value in facts.items():
+            console.say(f"{key.replace('_', ' ')}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+        console.say("all good; kilobayes train with the same flags trains")
+
+
+def list_methods(model: str | None, targets: str | None, *, as_json: bool) -> None:
+    sizes = _sizes(model, targets) if model else {}
+    rows = [
+        {"kind": kind[:-1], "name": e.name, "summary": e.summary, "arxiv": e.paper, "options": e.defaults}
+        | ({"bytes": sizes[e.name]} if e.name in sizes else {})
+        for kind in (ADAPTERS, POSTERIORS)
+        for e in catalog(kind).values()
+    ]
+    if as_json:
+        console.result({"methods": rows, "model": model})
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("kind", "method", "what", "arXiv", *(["bytes, fp32"] if sizes else [])):
+        table.add_column(column)
+    for row in rows:
+        shown = ", ".join(f"{k}={v}" if v else k for k, v in row["options"].items())
+        size = [f"{row['bytes']:,}" if "bytes" in row else ""] if sizes else []
+        table.add_row(row["kind"], f"{row['name']}({shown})", row["summary"], row["arxiv"], *size, end_section=True)
+    console.Console().print(table)
+
+
+def _sizes(model: str, targets: str | None) -> dict[str, int]:
+    """Bytes of each adapter at its defaults on a model, in float32, heads apart: nothing is loaded or trained."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from kilobayes import host, tree
+
+    out = {}
+    for name in catalog(ADAPTERS):
+        config = AutoConfig.from_pretrained(model_folder(model))
+        with torch.device("meta"):
+            base = AutoModelForSequenceClassification.from_config(config)
+        chosen: Any = [t.strip() for t in targets.split(",")] if targets and targets != "all-linear" else targets
+        hosted = get_peft_model(base, host.KilobayesConfig(adapter=name, target_modules=chosen, task_type="SEQ_CLS"))
+        heads = {f"{path}/" for path in host.heads(hosted)}
+        leaves = {k: v for k, v in host.read(hosted).items() if not any(k.startswith(h) for h in heads)}
+        out[name] = 4 * tree.numbers(leaves)
+    return out
+
+
+def env(*, as_json: bool) -> None:
+    facts: dict[str, Any] = {
+        "kilobayes": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+    }
+    for package in PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "not installed"
+    try:
+        import torch
+
+        facts["cuda"] = torch.version.cuda or "none"
+        facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+        facts["threads"] = torch.get_num_threads()
+    except ImportError:
+        raise KilobayesError("torch is not installed", remedy="pip install torch", exit_code=3) from None
+    if as_json:
+        console.result(facts)
+    else:
+        for key, value in facts.items():
+            sys.stdout.write(f"{key}: {value}\n")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

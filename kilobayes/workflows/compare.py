@@ -1,0 +1,95 @@
+"""Several runs on the same rows; runs that differ in the seed alone are also pooled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kilobayes.errors import KilobayesError
+from kilobayes.metrics import Evaluation, Interval, Spread, over_seeds
+from kilobayes.workflows import evaluate as work
+from kilobayes.workflows.finetune import load
+from kilobayes.workflows.run import stored_cost
+
+Rows = Callable[[list[str]], tuple[Any, Any, str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """Evaluations on the same rows, their summaries, and the spread over seeds by arm."""
+
+    evaluations: list[Evaluation]
+    summaries: list[dict[str, Interval]]
+    spreads: dict[str, dict[str, Spread]]
+
+    def spread_lines(self) -> list[str]:
+        """One line an arm that ran with several seeds."""
+        out = []
+        for name, spread in self.spreads.items():
+            shown = ", ".join(f"{k} {spread[k].mean:.3f}±{spread[k].std:.3f}" for k in ("accuracy", "nll", "ece"))
+            out.append(f"{name} over {spread['nll'].n} seeds: {shown}")
+        return out
+
+    def as_json(self) -> dict[str, Any]:
+        runs = [work.headline(e, s) for e, s in zip(self.evaluations, self.summaries, strict=True)]
+        return {"runs": runs, "over_seeds": {n: _plain(s) for n, s in self.spreads.items()}}
+
+
+def _plain(spread: dict[str, Spread]) -> dict[str, dict[str, float]]:
+    return {k: {"mean": float(s.mean), "std": float(s.std), "n": int(s.n)} for k, s in spread.items() if s.mean == s.mean}
+
+
+def pool(evaluations: Sequence[Evaluation], summaries: Sequence[dict[str, Interval]]) -> dict[str, dict[str, Spread]]:
+    """The spread over seeds of arms that share everything but the seed and ran more than once."""
+    groups: dict[str, list[dict[str, Interval]]] = {}
+    for evaluation, summary in zip(evaluations, summaries, strict=True):
+        same = {k: v for k, v in evaluation.spec.items() if k != "seed"}
+        groups.setdefault(f"{same['adapter']} + {same['posterior']} on {same['model']}", []).append(summary)
+    return {name: over_seeds(found) for name, found in groups.items() if len(found) > 1}
+
+
+def compare(
+    folders: Sequence[Path],
+    rows: Rows,
+    out: Path,
+    data: str,
+    samples: int | None = None,
+    model: str | None = None,
+    device: str = "auto",
+) -> Compared:
+    """Evaluate each run on the same rows and write one table and one report into ``out``.
+
+    Args:
+        rows: gives examples, out-of-distribution examples or None, and the split's name, for given classes.
+
+    Raises:
+        KilobayesError: fewer than one run, a damaged one, or runs of different classes.
+    """
+    if not folders:
+        raise KilobayesError("there is nothing to compare", remedy="name runs, as in kilobayes compare runs/a runs/b")
+    evaluations: list[Evaluation] = []
+    classes: list[str] | None = None
+    found: tuple[Any, Any, str] | None = None
+    for folder in folders:
+        fitted = load(folder, model=model, device=device)
+        fitted = replace(fitted, cost=stored_cost(folder))
+        if classes is None:
+            classes = list(fitted.card.classes)
+            found = rows(classes)
+        if list(fitted.card.classes) != classes:
+            raise KilobayesError(
+                f"{folder} has other classes than {folders[0]}",
+                f"{', '.join(fitted.card.classes)} and {', '.join(classes)}",
+                "compare runs of one task",
+            )
+        assert found is not None
+        name = f"{folder.name}: {work.arm_name(fitted)}" if len(folders) > 1 else work.arm_name(fitted)
+        evaluation, _ = work.evaluate(fitted, found[0], found[1], name=name, samples=samples)
+        evaluations.append(evaluation)
+    assert found is not None
+    facts = {"source": data, "split": found[2], "rows": len(found[0])}
+    out.mkdir(parents=True, exist_ok=True)
+    summaries = work.write_outputs(out, evaluations, work.metadata(f"Runs compared on {data}", facts, []))
+    return Compared(evaluations, summaries, pool(evaluations, summaries))
