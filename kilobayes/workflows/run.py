@@ -187,8 +187,8 @@ Classes: {", ".join(card.classes)}. The folder holds the posterior's mean as a P
 ```python
 import kilobayes as kb
 
-run = kb.load("path/to/this/folder")
-out = run.predict(["a text"])  # .labels .probs .entropy .epistemic
+clf = kb.load("path/to/this/folder")
+out = clf.predictive(["a text"])  # .labels .probs .entropy .epistemic
 ```
 
 The mean alone loads in PEFT: `import kilobayes; PeftModel.from_pretrained(base, "this folder")`. The mean of the

@@ -1,0 +1,188 @@
+"""A scikit-learn classifier of texts whose probabilities are averaged over a posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.validation import check_is_fitted
+
+from kilobayes import spec, store
+from kilobayes.errors import KilobayesError
+from kilobayes.options import Options, write_yaml
+from kilobayes.posteriors import ask
+from kilobayes.tasks.data import Examples, load_examples
+from kilobayes.tasks.split import stratified_holdout
+from kilobayes.workflows.finetune import Fitted, fit_examples, load
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What the model says of some texts, and how sure it is.
+
+    Attributes:
+        labels: ``(N,)`` most probable class.
+        probs: ``(N, C)`` probabilities averaged over the posterior.
+        confidence: ``(N,)`` probability of the label.
+        entropy: ``(N,)`` of the probabilities, in nats: all uncertainty.
+        epistemic: ``(N,)`` mutual information in nats: the part that comes of not knowing the weights.
+    """
+
+    labels: np.ndarray
+    probs: np.ndarray
+    confidence: np.ndarray
+    entropy: np.ndarray
+    epistemic: np.ndarray
+
+
+class Classifier(ClassifierMixin, BaseEstimator):
+    """Fine-tunes a pretrained encoder or decoder on texts; works wherever scikit-learn takes a classifier.
+
+    ``fit(texts, labels)`` takes strings, pairs of strings, or an array of one or two columns of them. Where the
+    posterior needs it, a share of the rows is held out for calibration, by class.
+
+    Args:
+        model: base model: a folder, a hub id, or ``"minilm"``.
+        adapter, posterior: objects or specifications.
+        calibration: share of the rows held out for calibration.
+        samples: posterior samples that predictions average over.
+        lr, epochs, batch_size, max_length, target_modules, device, dtype: as the flags of ``kilobayes train``.
+        seed: of everything random.
+
+    Attributes:
+        classes_: labels as given to ``fit``, sorted.
+        fitted_: the model with its posterior.
+    """
+
+    def __init__(
+        self,
+        model: str = "minilm",
+        adapter: Any = "LoRA(r=8)",
+        posterior: Any = "Temperature(SWAG(rank=10))",
+        *,
+        calibration: float = 0.2,
+        samples: int = 10,
+        lr: float = Options.lr,
+        epochs: int = Options.epochs,
+        batch_size: int = Options.batch_size,
+        max_length: int = Options.max_length,
+        target_modules: str | None = None,
+        device: str = "auto",
+        dtype: str = "float32",
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.adapter = adapter
+        self.posterior = posterior
+        self.calibration = calibration
+        self.samples = samples
+        self.lr = lr
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.target_modules = target_modules
+        self.device = device
+        self.dtype = dtype
+        self.seed = seed
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string = True
+        tags.input_tags.two_d_array = False
+        return tags
+
+    def fit(self, X: Any, y: Any) -> Classifier:
+        """Fine-tune on texts and their labels.
+
+        Raises:
+            KilobayesError: no texts, one class only, lengths that differ, settings that do not work.
+        """
+        texts = _texts(X)
+        labels = np.asarray(y)
+        if labels.ndim != 1 or len(labels) != len(texts):
+            raise KilobayesError(f"{len(texts)} texts need as many labels", f"found an array of shape {labels.shape}")
+        self.classes_, indices = np.unique(labels, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise KilobayesError("classification needs at least two classes", f"found {list(self.classes_)}")
+        names = [str(c) for c in self.classes_]
+        examples = replace(load_examples(texts, need_labels=False), labels=indices.tolist(), classes=names)
+        held = None
+        posterior = spec.posterior(self.posterior)
+        if ask.needs_calibration(posterior):
+            kept, out = stratified_holdout(indices, float(self.calibration), self.seed)
+            examples, held = examples.take(kept), examples.take(out)
+        self.fitted_ = fit_examples(self._options(posterior), examples, held)
+        return self
+
+    def _options(self, posterior: Any) -> Options:
+        names = ("model", "samples", "lr", "epochs", "batch_size", "max_length", "target_modules", "device", "dtype", "seed")
+        own = {name: getattr(self, name) for name in names}
+        adapter = spec.adapter(self.adapter)
+        return Options(
+            data="in memory", adapter=repr(adapter), posterior=repr(posterior), calibration=str(self.calibration), **own
+        )
+
+    def predictive(self, X: Any, samples: int | None = None) -> Prediction:
+        """Labels with their probabilities and two kinds of uncertainty, row by row."""
+        check_is_fitted(self)
+        out = self.fitted_.predict(load_examples(_texts(X), need_labels=False), samples)
+        probs = out.probs.numpy()
+        return Prediction(
+            labels=self.classes_[probs.argmax(axis=1)],
+            probs=probs,
+            confidence=probs.max(axis=1),
+            entropy=out.entropy.numpy(),
+            epistemic=out.mutual_info.numpy(),
+        )
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probabilities ``(N, C)`` averaged over the posterior, classes in the order of ``classes_``."""
+        return self.predictive(X).probs
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The most probable label of each text; :meth:`predictive` says more."""
+        return self.predictive(X).labels
+
+    def save(self, folder: str | Path) -> dict[str, int]:
+        """Write a run that :func:`kilobayes.load` and the command line read; returns bytes by part."""
+        check_is_fitted(self)
+        fitted: Fitted = self.fitted_
+        write_yaml(Path(folder) / "run.yaml", self._options(fitted.posterior))
+        return store.save(Path(folder), fitted.model, fitted.posterior, fitted.state, fitted.card)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, model: str | None = None, device: str = "auto") -> Classifier:
+        """A fitted classifier from a run's folder; its labels are the class names, as text.
+
+        Raises:
+            KilobayesError: no run there, damaged files, or another base than it was trained on.
+        """
+        fitted = load(Path(folder), model=model, device=device)
+        card = fitted.card
+        out = cls(model or card.base, card.adapter, card.posterior, samples=card.samples, device=device, dtype=card.dtype)
+        out.classes_ = np.asarray(card.classes)
+        out.fitted_ = fitted
+        return out
+
+
+def _texts(X: Any) -> list[Any]:
+    """Strings, or pairs of them, from a list, an array of strings, or one or two columns."""
+    if isinstance(X, Examples):
+        return X.texts if X.pairs is None else list(zip(X.texts, X.pairs, strict=True))
+    if hasattr(X, "to_numpy"):
+        X = X.to_numpy()
+    rows: Sequence[Any] = list(X)
+    out: list[Any] = []
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, np.ndarray | list | tuple):
+            row = row[0] if len(row) == 1 else tuple(row)
+        if not (isinstance(row, str) or (isinstance(row, tuple) and len(row) == 2 and all(isinstance(t, str) for t in row))):
+            raise KilobayesError(f"row {number} is no text or pair of texts", f"found {row!r:.60}", "give strings")
+        out.append(str(row) if isinstance(row, str) else row)
+    if not out:
+        raise KilobayesError("there are no texts")
+    return out
