@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kilobayes import host, tree
+from kilobayes.modes import evaluation
 from kilobayes.posteriors import ask
 from kilobayes.tasks.classify import Classify, Encoded
 from kilobayes.types import Params, Posterior
@@ -89,10 +90,8 @@ def logits(
     lengths = torch.tensor([len(row) for row in encoded.ids])
     with torch.inference_mode(False):  # an ordinary tensor, which may be differentiated through later
         out = torch.empty(members, len(encoded), len(task.classes))
-    mode = model.training
-    model.eval()
     with ExitStack() as stack:
-        stack.callback(model.train, mode)
+        stack.enter_context(evaluation(model))
         stack.callback(host.install, model, None)
         stack.enter_context(host.read_token(model))
         if pack:

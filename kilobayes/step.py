@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +13,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kilobayes import host
 from kilobayes.posteriors import ask
@@ -168,41 +166,6 @@ class Factors:
                         gradients.append(leaf.grad)
         if roots:
             torch.autograd.backward(roots, gradients)
-
-
-@contextmanager
-def checkpointing(model: nn.Module) -> Iterator[None]:
-    """Within it, layers set to gradient checkpointing obey although the model is in evaluation mode.
-
-    transformers recomputes a layer only in training mode, and some layers read the same switch for their own dropout;
-    so the switch is on where it is asked whether to recompute, and off inside what is recomputed.
-    """
-    chosen = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
-    modes = [layer.training for layer in chosen]
-    functions: list[Any] = [layer._gradient_checkpointing_func for layer in chosen]
-
-    def guarded(layer: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(forward: Callable[..., Any], *args: Any) -> Any:
-            def inside(*args: Any) -> Any:
-                layer.training = False
-                try:
-                    return forward(*args)
-                finally:
-                    layer.training = True
-
-            return function(inside, *args)
-
-        return run
-
-    try:
-        for layer, function in zip(chosen, functions):
-            layer.training = True
-            layer._gradient_checkpointing_func = guarded(layer, function)  # type: ignore[assignment]
-        yield
-    finally:
-        for layer, mode, function in zip(chosen, modes, functions):
-            layer.training = mode
-            layer._gradient_checkpointing_func = function
 
 
 class Interrupts:

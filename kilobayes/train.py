@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from kilobayes import checkpoint, host, optim
 from kilobayes.errors import KilobayesError
+from kilobayes.modes import checkpointing, evaluation
 from kilobayes.posteriors import ask
 from kilobayes.random import Streams, generator
-from kilobayes.step import Interrupts, Nll, Processes, Step, TrainData, checkpointing
+from kilobayes.step import Interrupts, Nll, Processes, Step, TrainData
 from kilobayes.tree import clone, map_state, size
 from kilobayes.types import Params, Posterior, Progress
 
@@ -129,16 +130,14 @@ def fit(
         state, done, losses, alive = found.state, found.step, found.losses, found.alive.to(device)
     work = Step(model, data, nll, posterior, streams, settings.seeds, settings.batch_size, settings.accumulate)
     processes = Processes()
-    mode = model.training
-    model.eval()
-    # dropout of the adapter is drawn by the loop, from the members' own streams, so evaluation mode loses nothing
 
     def own(step: int) -> float:
         return optim.linear((step - 0.5) / steps, settings.warmup)
 
     stopped = ""
     try:
-        with Interrupts() as interrupts, checkpointing(model):
+        # dropout of the adapter is drawn by the loop, from the members' own streams: evaluation mode loses nothing
+        with Interrupts() as interrupts, evaluation(model), checkpointing(model):
             for index in range(done, steps):
                 progress = Progress(index + 1, steps, per_epoch, len(data))
                 loss = work.run(state, theta, progress, settings.autocast)
@@ -164,7 +163,6 @@ def fit(
                     break
     finally:
         host.install(model, None)
-        model.train(mode)
     return Trained(map_state(Tensor.cpu, state), losses[:done], (~alive).nonzero()[:, 0].tolist(), stopped)
 
 

@@ -96,12 +96,15 @@ def flatten_state(state: Any, prefix: str = "") -> dict[str, Tensor]:
 def unflatten_state(posterior: Any, tensors: Mapping[str, Tensor], prefix: str = "") -> Any:
     """The inverse of :func:`flatten_state`; the state's type is the one that ``posterior.init`` announces.
 
-    A wrapping posterior holds the wrapped one as ``base`` and the wrapped state as ``inner``.
+    A wrapping posterior holds the wrapped one as ``base`` and the wrapped state as ``inner``; one whose ``init``
+    announces no class of state, such as an ensemble, has the state of its base.
 
     Raises:
         KeyError: a tensor that the state needs is not there.
     """
-    kind = state_type(posterior)
+    kind = get_type_hints(type(posterior).init)["return"]
+    if not dataclasses.is_dataclass(kind):
+        return unflatten_state(posterior.base, tensors, prefix)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         name = prefix + field.name
@@ -114,13 +117,7 @@ def unflatten_state(posterior: Any, tensors: Mapping[str, Tensor], prefix: str =
         else:
             start = f"{name}|"
             values[field.name] = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
-    return kind(**values)
-
-
-def state_type(posterior: Any) -> type:
-    """The class that ``init`` returns, wrapped posteriors without a state of their own included."""
-    kind = get_type_hints(type(posterior).init)["return"]
-    return kind if dataclasses.is_dataclass(kind) else state_type(posterior.base)  # type: ignore[return-value]
+    return kind(**values)  # type: ignore[operator]
 
 
 def state_member(state: Any, index: int | slice | Tensor) -> Any:

@@ -1,0 +1,45 @@
+"""Every adapter with every posterior, from the catalogue: there is no list of exemptions."""
+
+from __future__ import annotations
+
+import pytest
+
+from kilobayes import adapters, posteriors, spec
+from kilobayes.catalog import catalog
+from kilobayes.testing import check_adapter, check_pair, check_posterior
+
+# settings away from the defaults, by name; methods that are not named here run with their defaults alone
+OTHER = {
+    "LoRA": ["LoRA(r=3, alpha=5.0, rslora=True, dropout=0.2)"],
+    "Point": ["Point(prior_precision=3.0)"],
+    "SWA": ["SWA(start=0.3, snapshots=4, rate_held=0.7, anneal=0.2)"],
+    "SWAG": ["SWAG(rank=0, by_epoch=True)", "SWAG(rank=3, scale=0.5, snapshots=5)", "SWAG(scale=0.0)"],
+    "Ensemble": ["Ensemble(SWAG(rank=2), members=3)", "Ensemble(Temperature(SWAG(rank=3), samples=4), members=2)"],
+    "Temperature": ["Temperature(SWAG(rank=4), samples=5)", "Temperature(Ensemble(SWAG(), members=3), samples=2)"],
+}
+ADAPTERS = [text for name in catalog("adapters") for text in (name, *OTHER.get(name, []))]
+POSTERIORS = [text for name in catalog("posteriors") for text in (name, *OTHER.get(name, []))]
+
+
+@pytest.mark.parametrize("text", ADAPTERS)
+def test_adapter(text: str) -> None:
+    check_adapter(spec.adapter(text))
+
+
+@pytest.mark.parametrize("text", POSTERIORS)
+def test_posterior(text: str) -> None:
+    check_posterior(spec.posterior(text))
+
+
+PAIRS = [(name, posterior) for name in catalog("adapters") for posterior in POSTERIORS]
+PAIRS += [(text, "Temperature(SWAG(rank=4), samples=5)") for text in ADAPTERS if "(" in text]
+
+
+@pytest.mark.parametrize(("adapter", "posterior"), PAIRS)
+def test_pair(adapter: str, posterior: str) -> None:
+    check_pair(spec.adapter(adapter), spec.posterior(posterior))
+
+
+def test_catalogue_is_the_registry() -> None:
+    assert list(catalog("adapters")) == sorted(adapters.__all__, key=list(catalog("adapters")).index)
+    assert set(catalog("posteriors")) == set(posteriors.__all__)
