@@ -5,8 +5,6 @@ Importing it registers the method with PEFT, so ``PeftModel.from_pretrained`` re
 
 from __future__ import annotations
 
-from torch import nn
-
 from kilobayes.host.config import KilobayesConfig
 from kilobayes.host.packing import packed
 from kilobayes.host.pairing import check_rows, outer, read_token
@@ -19,21 +17,16 @@ from kilobayes.host.stack import (
     heads,
     install,
     layers,
+    method,
     read,
     sites,
+    uncovered,
     without_adapter,
     write,
 )
 from kilobayes.host.tuner import KilobayesModel, initial, register
-from kilobayes.types import Adapter
 
 register()
-
-
-def method(model: nn.Module, name: str | None = None) -> Adapter:
-    """The active adapter's method, such as ``LoRA(r=8)``."""
-    name = active(model, name)
-    return next(iter(layers(model, name).values())).methods[name]
 
 
 __all__ = [
@@ -56,6 +49,7 @@ __all__ = [
     "read_token",
     "register",
     "sites",
+    "uncovered",
     "without_adapter",
     "write",
 ]

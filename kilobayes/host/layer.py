@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from kilobayes.errors import KilobayesError
 from kilobayes.host.head import blocks
 from kilobayes.host.packing import low_rank_linear, packed_weights
 from kilobayes.types import Adapter, LowRank, Operator, Params, Site, delta, map_tensors
@@ -18,67 +21,102 @@ from kilobayes.types import Adapter, LowRank, Operator, Params, Site, delta, map
 SHARED = "shared_"  # leaves shared by all sites live in the first site's layer under this prefix
 
 
+def adaptable(module: nn.Module, **quantization: Any) -> bool:
+    """Whether a module computes ``W x`` and nothing else can come between: plain, Conv1D or quantised linear."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention reads its weight, not its forward
+        return False
+    return isinstance(module, nn.Linear | Conv1D) or resolve_quantization_backend(module, **quantization) is not None
+
+
 class KilobayesLayer(nn.Module, BaseTunerLayer):
-    """Holds the leaves of each adapter of one site, ``(S, ...)``, and calls the adapter's pure ``build``."""
+    """Holds the leaves of each adapter of one site, ``(S, ...)``, and calls the adapter's pure ``build``.
+
+    Raises:
+        KilobayesError: the base layer is not linear.
+    """
 
     adapter_layer_names = ("kilobayes_leaves",)
-    other_param_names = ()
+    other_param_names = ("methods", "constants", "shared")
 
-    def __init__(self, base_layer: nn.Module, site: str, **quantization: Any) -> None:
+    def __init__(self, base_layer: nn.Module, path: str, **quantization: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.path = path
         self.kilobayes_leaves = nn.ModuleDict()
         self.methods: dict[str, Adapter] = {}
         self.constants: dict[str, Params] = {}
         self.shared: dict[str, KilobayesLayer] = {}  # where an adapter's shared leaves live, by adapter name
         self.installed: Operator | None = None
+        self.member: int | None = None  # set while one member alone is computed
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         base = self.get_base_layer()
+        if not adaptable(base, **quantization):
+            raise KilobayesError(
+                f"{path} cannot be adapted",
+                f"it is a {type(base).__name__}, not a linear layer",
+                "take it out of target_modules",
+            )
         self.conv1d = isinstance(base, Conv1D)
-        with warnings.catch_warnings():  # PEFT warns of layer types that it does not know; we raise below
-            warnings.simplefilter("ignore")
-            d_in, d_out = _get_in_out_features(base)
-        if not isinstance(d_in, int) or not isinstance(d_out, int) or isinstance(base, nn.Embedding):
-            raise TypeError(f"{site} is a {type(base).__name__}, not a linear layer; take it out of target_modules")
+        self.d_in, self.d_out = (int(d) for d in _get_in_out_features(base) if d is not None)
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
-        self.site = Site(site, int(d_in), int(d_out), self.dequantised)
+
+    @property
+    def site(self) -> Site:
+        return Site(self.path, self.d_in, self.d_out, self.dequantised)
 
     def dequantised(self) -> Tensor:
         """The base weight ``(d_out, d_in)`` in its own dtype; a view where it is stored plainly."""
         weight = self.get_base_weight()
         return weight.T if self.conv1d else weight
 
-    def fill(self, name: str, method: Adapter, leaves: Params, constants: Params) -> None:
-        """Give the layer an adapter's leaves; they take the device of the base, and keep their dtype."""
+    def fill(self, name: str, method: Adapter, leaves: Params, constants: Params, trainable: bool) -> None:
+        """Give the layer an adapter's leaves; they take the device of the base (or stay on meta) and keep their dtype."""
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        values = nn.ParameterDict({k: nn.Parameter(v.to(device)) for k, v in leaves.items()})
-        self.methods[name] = method
-        self.constants[name] = {k: v.to(device) for k, v in constants.items()}
-        self.kilobayes_leaves[name] = values
-        self.set_adapter(self.active_adapters)
 
-    def operator(self, name: str) -> Operator:
-        """The operator of an adapter, built from its leaves."""
+        def place(t: Tensor) -> Tensor:
+            return t if t.is_meta else t.to(device)
+
+        self.methods[name] = method
+        self.constants[name] = {k: place(v) for k, v in constants.items()}
+        self.kilobayes_leaves[name] = nn.ParameterDict(
+            {k: nn.Parameter(place(v), requires_grad=trainable) for k, v in leaves.items()}
+        )
+
+    def operator(self, name: str, dropout: bool = False) -> Operator:
+        """The operator of an adapter, built from its leaves; with ``dropout``, one sample of the adapter's own."""
         own: Any = self.kilobayes_leaves[name]
         leaves = {k: v for k, v in own.items() if not k.startswith(SHARED)}
         if name in self.shared:
             owner: Any = self.shared[name].kilobayes_leaves[name]
             leaves |= {k.removeprefix(SHARED): v for k, v in owner.items() if k.startswith(SHARED)}
-        method = self.methods[name]
-        if self.training and getattr(method, "dropout", 0.0) > 0.0:
-            leaves = method.drop(leaves, _Default())  # type: ignore[attr-defined]
+        method: Any = self.methods[name]
+        if dropout and getattr(method, "dropout", 0.0) > 0.0:
+            dropped = method.drop({f"{self.path}/{k}": v for k, v in leaves.items()}, _Default())
+            leaves = {k.rpartition("/")[2]: v for k, v in dropped.items()}
         return method.build(leaves, self.constants[name], self.site)
 
     def operators(self) -> list[Operator]:
         """What the forward adds to the base: the installed operator, or those of the active adapters."""
         if self.installed is not None:
-            return [self.installed]
-        return [self.operator(name) for name in self.active_adapters if name in self.kilobayes_leaves]
+            found = [self.installed]
+        else:
+            found = [self.operator(n, self.training) for n in self.active_adapters if n in self.kilobayes_leaves]
+        if self.member is None:
+            return found
+        one = slice(self.member, self.member + 1)
+        return [map_tensors(operator, lambda t: t[one]) for operator in found]
+
+    def stack(self) -> int:
+        """S of what the forward adds; 1 where that is nothing."""
+        if self.disable_adapters or self.merged:
+            return 1
+        if self.installed is not None:
+            return members(self.installed)
+        used = [self.kilobayes_leaves[n] for n in self.active_adapters if n in self.kilobayes_leaves]
+        return max((next(iter(leaves.values())).shape[0] for leaves in used), default=1)  # type: ignore[operator]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError("rows of different adapters in one batch: stack them instead, KilobayesConfig(stack=S)")
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
@@ -100,14 +138,17 @@ class KilobayesLayer(nn.Module, BaseTunerLayer):
         """Add the update to the base weight.
 
         Raises:
-            ValueError: a stack of more than one, an operator that is not linear, or a NaN under ``safe_merge``.
+            KilobayesError: a stack of more than one, or a NaN or infinity under ``safe_merge``.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.kilobayes_leaves:
-                weight = self.get_base_weight().clone()
-                weight += self._update(name, weight)
+                weight = self._plus(name, 1.0)
                 if safe_merge and not torch.isfinite(weight).all():
-                    raise ValueError(f"NaN or infinity in the merged weight of {self.site.name}, adapter {name!r}")
+                    raise KilobayesError(
+                        f"the merged weight of {self.path} is not finite",
+                        f"adapter {name!r} holds NaN, infinity or values too large for {weight.dtype}",
+                        "train it again with a lower learning rate",
+                    )
                 self.set_base_weight(weight)
                 self.merged_adapters.append(name)
 
@@ -115,31 +156,68 @@ class KilobayesLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            weight = self.get_base_weight().clone()
-            self.set_base_weight(weight - self._update(name, weight))
+            self.set_base_weight(self._plus(self.merged_adapters[-1], -1.0))
+            self.merged_adapters.pop()
 
-    def _update(self, name: str, like: Tensor) -> Tensor:
-        """The update in the base's storage layout and dtype; computed in the leaves' own precision."""
-        training, self.training = self.training, False
-        update = delta(self.operator(name), self.site.d_in)
-        self.training = training
-        if update.shape[0] != 1:
-            raise ValueError(
-                f"adapter {name!r} is a stack of {update.shape[0]}, which has no single merged weight; "
-                "write one member first: kilobayes.write(model, kilobayes.tree.member(kilobayes.read(model), 0))"
-            )
-        return (update[0].mT if self.conv1d else update[0]).detach().to(like)
+    def _plus(self, name: str, sign: float) -> Tensor:
+        """The base weight plus or minus the update: summed in the wider dtype, rounded once."""
+        weight = self.get_base_weight()
+        return (weight + sign * self.get_delta_weight(name)).to(weight.dtype)
 
+    @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update of a stack of one, ``(d_out, d_in)``, or ``(d_in, d_out)`` for Conv1D, as PEFT's layers give."""
-        return self._update(adapter, self.get_base_weight())
+        """The update of a stack of one, ``(d_out, d_in)``, or ``(d_in, d_out)`` for Conv1D, as PEFT's layers give.
+
+        Raises:
+            KilobayesError: the stack is larger.
+        """
+        update = delta(self.operator(adapter), self.d_in)
+        require_single(adapter, update.shape[0])
+        return update[0].mT if self.conv1d else update[0]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return all(isinstance(op, LowRank) and op.A.shape[0] == 1 for op in self.operators())
+        operator = self.operator(adapter_name)
+        return isinstance(operator, LowRank) and operator.A.shape[0] == 1
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own also takes the base's dtype, which rounds float32 leaves and constants loaded on a bfloat16 base.
+        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        if adapter_name in self.kilobayes_leaves and device is not None:
+            self.kilobayes_leaves[adapter_name].to(device)
+            self.constants[adapter_name] = {k: v.to(device) for k, v in self.constants[adapter_name].items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Constants follow the base from device to device, but keep their precision.
+        out = super()._apply(fn, recurse)
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is not None and device.type != "meta":
+            self.constants = {n: {k: v.to(device) for k, v in c.items()} for n, c in self.constants.items()}
+        return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"installed": None}  # copies do not share installed operators, nor their graph
 
     def __repr__(self) -> str:
         return "kilobayes." + super().__repr__()
+
+
+def members(operator: Operator) -> int:
+    """S of an operator: the leading axis of its tensors."""
+    return next(v.shape[0] for v in vars(operator).values() if isinstance(v, Tensor))
+
+
+def require_single(name: str, stack: int) -> None:
+    """Refuse to make one weight of several members.
+
+    Raises:
+        KilobayesError: the stack is larger than one.
+    """
+    if stack != 1:
+        raise KilobayesError(
+            f"adapter {name!r} has no single weight: its members would have to be averaged or chosen from",
+            f"a stack of {stack}",
+            "write one member first: host.write(model, tree.member(host.read(model), 0))",
+        )
 
 
 class _Default:
@@ -155,8 +233,8 @@ class _Default:
 
 def add(y: Tensor, x: Tensor, operator: Operator) -> Tensor:
     """Base output plus the update, block s of the rows through member s; y's dtype is kept."""
-    some = operator.A if isinstance(operator, LowRank) else next(v for v in vars(operator).values() if v is not None)
-    rows = blocks(x, some.shape[0]).flatten(1, -2)
+    some = next(v for v in vars(operator).values() if isinstance(v, Tensor))
+    rows = blocks(x, members(operator)).flatten(1, -2)
     if some.dtype != rows.dtype:  # fp32 factors on a half-precision base: half-precision products, fp32 gradients
         operator = map_tensors(operator, lambda t: t.to(rows.dtype) if t.is_floating_point() else t)
     if isinstance(operator, LowRank) and y.dtype == rows.dtype and not torch.is_autocast_enabled(x.device.type):

@@ -7,72 +7,117 @@ no code: block s of the rows simply goes to member s.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from kilobayes.host.stack import base_of, layers
+from kilobayes.errors import KilobayesError
+from kilobayes.host.stack import base_of, heads, layers
+
+# Tensors whose first axis is never the batch, though it may have as many entries.
+NOT_ROWS = ("cache_position", "head_mask", "cross_attn_head_mask", "decoder_head_mask", "rel_embeddings", "relative_pos")
 
 
-def repeat(value: Any, rows: int, stack: int) -> Any:
-    """Tensors with ``rows`` rows repeated ``stack`` times, member by member; containers likewise, others as they are."""
+def _map_rows(value: Any, rows: int, fn: Callable[[Tensor], Tensor], least: int = 1) -> Any:
+    """``fn`` of every tensor with ``rows`` rows and at least ``least`` axes; containers likewise, others as they are."""
     if isinstance(value, Tensor):
-        if value.dim() and value.shape[0] == rows:
-            return value.unsqueeze(0).expand(stack, *value.shape).flatten(0, 1)
-        return value
+        return fn(value) if value.dim() >= least and value.shape[0] == rows else value
     if type(value) in (list, tuple):
-        return type(value)(repeat(v, rows, stack) for v in value)
+        return type(value)(_map_rows(v, rows, fn, least) for v in value)
     if type(value) is dict:
-        return {k: repeat(v, rows, stack) for k, v in value.items()}
+        return {k: v if k in NOT_ROWS else _map_rows(v, rows, fn, least) for k, v in value.items()}
     return value
 
 
-def adapted_blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's blocks from the first adapted one on, or [] where there is no single list of blocks around them."""
-    base = base_of(model)
+def repeat(value: Any, rows: int, stack: int, least: int = 1) -> Any:
+    """Tensors with ``rows`` rows repeated ``stack`` times, member by member; containers likewise, others as they are."""
+
+    def each(t: Tensor) -> Tensor:
+        return t.unsqueeze(0).expand(stack, *t.shape).flatten(0, 1)
+
+    return _map_rows(value, rows, each, least)
+
+
+def shared_prefix(model: nn.Module) -> tuple[nn.Module, list[nn.Module]] | None:
+    """The backbone and its blocks from the first adapted one on, or None where members cannot share a prefix.
+
+    They can where all that is adapted lies in one list of blocks, each run once, or after it. Encoder-decoders have
+    two lists; ALBERT runs one block many times.
+    """
+    base: Any = base_of(model)
+    prefix = getattr(base, "base_model_prefix", "")
+    backbone = getattr(base, prefix, base) if prefix else None
+    config = getattr(base, "config", None)
+    if backbone is None or config is None or getattr(config, "is_encoder_decoder", False):
+        return None
+    inside = f"{prefix}." if backbone is not base else ""
     lists: dict[str, list[int]] = {}
-    for site in layers(model):
-        parts = site.split(".")
+    for path in (*layers(model), *heads(model)):
+        parts = path.split(".")
         at = next((i for i, p in enumerate(parts) if p.isdigit()), None)
-        if at is None:
-            return []
-        lists.setdefault(".".join(parts[:at]), []).append(int(parts[at]))
+        if at is not None:
+            lists.setdefault(".".join(parts[:at]), []).append(int(parts[at]))
+        elif path.startswith(inside) and "pooler" not in parts:
+            return None  # before or after the blocks, there is no telling
     if len(lists) != 1:
-        return []
-    (path, indices), = lists.items()
+        return None
+    ((path, indices),) = lists.items()
     holder = base.get_submodule(path)
-    return list(holder)[min(indices) :] if isinstance(holder, nn.ModuleList) else []
+    if not isinstance(holder, nn.ModuleList) or not path.startswith(inside):
+        return None
+    if len(holder) != getattr(config.get_text_config(), "num_hidden_layers", -1):
+        return None
+    if getattr(config, "conv_kernel_size", 0):  # DeBERTa adds a convolution of the embeddings to its first block
+        return None
+    return backbone, list(holder)[min(indices) :]
 
 
 @contextmanager
 def outer(model: nn.Module, stack: int, share_prefix: bool = True) -> Iterator[None]:
     """Within it, a forward of B rows returns S B rows, member by member: ``logits.reshape(S, B, ...)``.
 
+    The model around the blocks sees S B rows, so labels, losses and decoders that look for a row's last token work;
+    the backbone below the first adapted block sees B. Leave it only after the backward of a checkpointed forward.
+
     Args:
         model: a hosted model whose installed or stored stack has ``stack`` members.
-        share_prefix: False repeats the inputs at the top instead. Needed where the model itself indexes the batch
-            after its blocks, as decoders do for sequence classification; they are recognised and repeated at the top.
+        share_prefix: False repeats at the top whatever the architecture; so it is where no prefix can be shared.
     """
+    if stack == 1:
+        yield
+        return
     base = base_of(model)
-    blocks = adapted_blocks(model) if share_prefix and not _indexes_rows(base) else []
-    seen: dict[str, int] = {}
+    found = shared_prefix(model) if share_prefix else None
     handles = []
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        seen["rows"] = _rows(args, kwargs)
-        if not blocks:
-            args, kwargs = repeat(args, seen["rows"], stack), repeat(kwargs, seen["rows"], stack)
-        return args, kwargs
+        rows = _rows(args, kwargs)
+        return repeat(args, rows, stack), repeat(kwargs, rows, stack)
 
-    def at_block(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        # Later blocks get the S B rows of the one before, but masks and positions of B rows from the model's loop.
-        return repeat(args, seen["rows"], stack), repeat(kwargs, seen["rows"], stack)
+    def first_member(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        rows = _rows(args, kwargs)
+        return tuple(_map_rows([args, kwargs], rows, lambda t: t[: rows // stack]))  # type: ignore[return-value]
 
-    if stack > 1:
+    def at_first(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        rows = _rows(args, kwargs)
+        return repeat(args, rows, stack, least=2), repeat(kwargs, rows, stack, least=2)
+
+    def at_later(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        # The hidden state of the block before has S B rows; masks and positions from the model's loop have B.
+        rows = _rows(args, kwargs) // stack
+        return repeat(args, rows, stack, least=2), repeat(kwargs, rows, stack, least=2)
+
+    if found is None or found[0] is not base:
         handles.append(base.register_forward_pre_hook(enter, with_kwargs=True))
-        handles += [block.register_forward_pre_hook(at_block, with_kwargs=True) for block in blocks]
+    if found is not None:
+        backbone, blocks = found
+        if backbone is not base:
+            handles.append(backbone.register_forward_pre_hook(first_member, with_kwargs=True))
+        for index, block in enumerate(blocks):
+            hook = at_later if index else at_first
+            handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield
     finally:
@@ -81,16 +126,12 @@ def outer(model: nn.Module, stack: int, share_prefix: bool = True) -> Iterator[N
 
 
 def _rows(args: tuple, kwargs: dict) -> int:
-    first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+    """Rows of the main input: the first tensor given, positions and the like aside."""
+    named = [kwargs.get(k) for k in ("input_ids", "inputs_embeds", "hidden_states", "decoder_input_ids")]
+    first = next((v for v in (*args, *named, *kwargs.values()) if isinstance(v, Tensor)), None)
     if first is None:
-        raise ValueError("the forward got no tensor to count rows of")
+        raise KilobayesError("the forward got no tensor to count rows of", remedy="pass input_ids or inputs_embeds")
     return first.shape[0]
-
-
-def _indexes_rows(base: nn.Module) -> bool:
-    """Whether the model picks rows itself after its blocks: decoders do, to find the last token of a sequence."""
-    head = next((name for name in ("score",) if hasattr(base, name)), None)
-    return head is not None
 
 
 @contextmanager
@@ -129,13 +170,11 @@ def check_rows(logits: Tensor, stack: int, rows: int) -> Tensor:
     """Logits ``(S B, ...)`` as ``(S, B, ...)``.
 
     Raises:
-        RuntimeError: the model dropped or reordered rows, so members cannot be told apart.
+        KilobayesError: the model dropped or repeated rows, so members cannot be told apart.
     """
     if logits.shape[0] != stack * rows:
-        raise RuntimeError(
-            f"the model returned {logits.shape[0]} rows for {stack} members of {rows}; it indexes the batch itself. "
-            "Use outer(model, stack, share_prefix=False)"
+        raise KilobayesError(
+            f"the model returned {logits.shape[0]} rows for {stack} members of {rows}",
+            remedy="use outer(model, stack, share_prefix=False), and check that the stack has as many members",
         )
     return logits.reshape(stack, rows, *logits.shape[1:])
-
-

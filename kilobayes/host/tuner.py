@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.peft_types import register_peft_method
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from kilobayes.errors import KilobayesError, nearest
+from kilobayes.errors import KilobayesError
+from kilobayes.host import deberta, targets
 from kilobayes.host.config import NAME, KilobayesConfig
-from kilobayes.host.head import StackedLinear
-from kilobayes.host.layer import SHARED, KilobayesLayer
+from kilobayes.host.head import StackedLinear, stack_head
+from kilobayes.host.layer import SHARED, KilobayesLayer, require_single
 from kilobayes.random import generator
 from kilobayes.tree import concatenate, leaves_of, map_params
 from kilobayes.types import Adapter, Params, Site
@@ -36,17 +38,18 @@ class KilobayesModel(BaseTuner):
 
     prefix = "kilobayes_"
     tuner_layer_cls = KilobayesLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = targets.DEFAULTS | TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        if peft_config.target_modules is None and model_config.get("model_type") not in self.target_module_mapping:
+        kind = model_config.get("model_type")
+        if peft_config.target_modules is None and kind not in self.target_module_mapping:
             raise KilobayesError(
-                f"no default target modules are known for the architecture {model_config.get('model_type')!r}",
-                f"its linear layers end in: {', '.join(linear_suffixes(self.model))}",
-                'name some, as in --target-modules query,value, or take "all-linear"',
+                f"no default target modules are known for the architecture {kind!r}",
+                f"its linear layers end in: {', '.join(targets.linear_suffixes(self.model))}",
+                'name some, as in target_modules=["query", "value"], or take target_modules="all-linear"',
             )
         config = super()._prepare_adapter_config(peft_config, model_config)
-        _check_targets(self.model, config.target_modules)
+        targets.check(self.model, config)
         return config
 
     def _create_and_replace(
@@ -59,14 +62,10 @@ class KilobayesModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if ".experts." in f".{current_key}.":
-            raise KilobayesError(
-                f"{current_key} belongs to a mixture of experts, which reorders tokens across the rows of a stack",
-                remedy="target the attention layers only, as in --target-modules q_proj,v_proj",
-            )
         if not isinstance(target, KilobayesLayer):
             layer = KilobayesLayer(target, current_key, **get_quantization_kwargs(self.model))
             self._replace_module(parent, target_name, layer, target)
+            deberta.attach(parent)
 
     def inject_adapter(
         self,
@@ -77,110 +76,103 @@ class KilobayesModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """As PEFT's, then fill the layers: an adapter is initialised for all its sites at once."""
-        before = set(self.targeted_module_names)
-        self.targeted_module_names = []  # PEFT appends to it; what it holds afterwards is this adapter's
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        names = self.targeted_module_names
-        self.targeted_module_names = sorted(before | set(names), key=_natural)
+        before, self.targeted_module_names = self.targeted_module_names, []
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            names = self.targeted_module_names  # this adapter's alone
+        finally:
+            self.targeted_module_names = sorted({*before, *self.targeted_module_names}, key=targets.natural)
         self._fill(model, adapter_name, self.peft_config[adapter_name], names, low_cpu_mem_usage)
-        self.set_adapter(self.active_adapters, inference_mode=self.peft_config[adapter_name].inference_mode)
-        self._mark_only_adapters_as_trainable(model)
 
     def _fill(self, model: nn.Module, name: str, config: KilobayesConfig, keys: list[str], meta: bool) -> None:
-        layers = {key: model.get_submodule(key) for key in keys}
+        layers: dict[str, Any] = {key: model.get_submodule(key) for key in keys}
         seeds = [config.seed + member for member in range(config.stack)]
-        sites = [layer.site for layer in layers.values()]  # type: ignore[union-attr]
-        theta, constants = initial(config.method, sites, seeds)
+        theta, constants = initial(config.method, [layer.site for layer in layers.values()], seeds)
         if not config.init_weights:
             noise = generator(config.seed, 1)
             theta = map_params(lambda t: t + 0.05 * torch.randn(t.shape, generator=noise), theta)
         if meta:
             theta = map_params(lambda t: t.to("meta"), theta)
-        owner: Any = next(iter(layers.values()))
+        owner = next(iter(layers.values()))
         shared = {SHARED + k.removeprefix("*/"): v for k, v in theta.items() if k.startswith("*/")}
+        trainable = name in self.active_adapters and not config.inference_mode
         for key, layer in layers.items():
             own = {k.removeprefix(f"{key}/"): v for k, v in theta.items() if k.startswith(f"{key}/")}
             own |= shared if layer is owner else {}
-            layer.fill(name, config.method, own, leaves_of(constants, key))  # type: ignore[operator]
+            layer.fill(name, config.method, own, leaves_of(constants, key), trainable)
             if shared:
-                layer.shared[name] = owner  # type: ignore[union-attr, index]
+                layer.shared[name] = owner
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
-                _stack_head(module.modules_to_save, name, config.stack)
+                stack_head(module.modules_to_save, name, config.stack)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Leaves and heads are float32, whatever the base; without ``autocast_adapter_dtype``, of the base's dtype."""
+        for module in self.model.modules():
+            if isinstance(module, KilobayesLayer) and adapter_name in module.kilobayes_leaves:
+                _, dtype = module._get_base_layer_device_and_dtype(module.get_base_layer())
+                part = module.kilobayes_leaves[adapter_name]
+            elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                dtype = next(module.original_module.parameters()).dtype
+                part = module.modules_to_save[adapter_name]
+            else:
+                continue
+            if autocast_adapter_dtype:
+                for stacked in part.modules():
+                    if isinstance(stacked, StackedLinear | nn.ParameterDict):
+                        stacked.float()
+            elif dtype is not None and dtype.is_floating_point:
+                part.to(dtype)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own reads child.weight when it unloads, which composite classifier heads do not have.
         setattr(parent, child_name, new_module)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT drops adapter_names without a word where a method does not know it.
+        if kwargs.get("adapter_names") is not None:
+            raise KilobayesError(
+                "rows of different adapters in one batch are not told apart by name",
+                "adapter_names=...",
+                "host them as one stack, KilobayesConfig(stack=S): block s of the rows goes to member s",
+            )
+        yield
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for name, module in list(model.named_modules()):
+        deberta.release(model)
+        return model
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        for name in adapter_names or self.active_adapters:
+            require_single(name, self.peft_config[name].stack)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """A plain model with the updates in its weights and the trained heads in place.
+
+        Raises:
+            KilobayesError: an adapter is a stack of more than one.
+        """
+        for name in adapter_names or self.active_adapters:
+            require_single(name, self.peft_config[name].stack)
+        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        for path, module in list(model.named_modules()):
             if isinstance(module, StackedLinear):
-                if module.weight.shape[0] != 1:
-                    raise ValueError(f"{name} is a stack of {module.weight.shape[0]} heads, which do not merge into one")
-                parent, _, child = name.rpartition(".")
+                parent, _, child = path.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.single())
         return model
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
-        for name in kwargs.get("adapter_names") or self.active_adapters:
-            if self.peft_config[name].stack != 1:
-                raise ValueError(
-                    f"adapter {name!r} is a stack of {self.peft_config[name].stack}, which has no single merged model; "
-                    "write one member first: kilobayes.write(model, kilobayes.tree.member(kilobayes.read(model), 0))"
-                )
-        return super().merge_and_unload(*args, **kwargs)
-
-
-def _stack_head(parent: nn.Module, name: str, stack: int) -> None:
-    """Replace every linear layer of a trained head by a stack of copies.
-
-    Raises:
-        KilobayesError: the head has trained parts that are not linear, and the stack is larger than one.
-    """
-    head = parent[name]  # type: ignore[index]
-    trainable = any(p.requires_grad for p in head.parameters())
-    if type(head) is nn.Linear:
-        parent[name] = StackedLinear.repeat(head, stack)  # type: ignore[index]
-    else:
-        for path, module in list(head.named_modules()):
-            if type(module) is nn.Linear:
-                owner, _, child = path.rpartition(".")
-                setattr(head.get_submodule(owner), child, StackedLinear.repeat(module, stack))
-            elif stack > 1 and not isinstance(module, StackedLinear) and any(True for _ in module.parameters(False)):
-                raise KilobayesError(
-                    f"a {type(module).__name__} in a trained head cannot be stacked",
-                    f"stack={stack}, modules_to_save holds it",
-                    "leave it out of modules_to_save, or take stack=1",
-                )
-    parent[name].requires_grad_(trainable)  # type: ignore[index]
-
-
-def linear_suffixes(model: nn.Module) -> list[str]:
-    """The last parts of the names of a model's linear layers, the sorted set of them."""
-    kinds = (nn.Linear, Conv1D, BaseTunerLayer)
-    names = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, kinds)}
-    return sorted(n for n in names if n not in ("base_layer", ""))
-
-
-def _check_targets(model: nn.Module, targets: Any) -> None:
-    """Every entry of a list of targets must match; PEFT lets a half-wrong list pass."""
-    if isinstance(targets, str) or not targets:
-        return
-    names = [n for n, _ in model.named_modules()]
-    for target in sorted(targets):
-        if not any(n == target or n.endswith(f".{target}") for n in names):
-            known = linear_suffixes(model)
-            guess = nearest(target, known)
-            raise KilobayesError(
-                f"target module {target!r} is not in the model",
-                f"its linear layers end in: {', '.join(known)}",
-                f"did you mean --target-modules {guess}?" if guess else "",
-            )
-
-
-def _natural(name: str) -> list[Any]:
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split(".")]
+    def unload(self) -> nn.Module:
+        """The original model, heads included (PEFT's own methods leave the trained head in it)."""
+        for path, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                parent, _, child = path.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, module.original_module)
+        return super().unload()
 
 
 def register() -> None:

@@ -31,9 +31,9 @@ def test_one_layout_serves_every_number_of_rows(rows: int, inputs_first: bool, g
     record = pack(weight.mT if inputs_first else weight, bias, inputs_first=inputs_first)
     x = torch.randn(rows, 40, generator=gen)
     exact = (x.double() @ weight.double().T + bias.double()).float()
-    close(record.product(x), exact, 2e-6)
-    close(record.mT.product(exact), (exact.double() @ weight.double()).float(), 2e-6)
-    close(record.product(x.T.contiguous().T), exact, 2e-6)
+    close(record.multiply(x), exact, 2e-6)
+    close(record.mT.multiply(exact), (exact.double() @ weight.double()).float(), 2e-6)
+    close(record.multiply(x.T.contiguous().T), exact, 2e-6)
 
 
 def test_second_derivatives(gen: torch.Generator) -> None:
@@ -95,13 +95,13 @@ def test_the_fused_update_without_a_transpose_takes_the_plain_products(gen: torc
 
 
 def test_missing_or_wrong_operators_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    product = kernels.PackedWeight.product
+    multiply = kernels.PackedWeight.multiply
 
     def missing(weight: torch.Tensor) -> torch.Tensor:
         raise AttributeError("no such operator")
 
     for name, owner, broken in (
-        ("product", kernels.PackedWeight, lambda self, x: product(self, x) * 1.01),
+        ("multiply", kernels.PackedWeight, lambda self, x: multiply(self, x) * 1.01),
         ("_reorder", kernels, missing),
     ):
         with monkeypatch.context() as patch:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kilobayes.errors import KilobayesError
 from kilobayes.host import kernels, packing
-from kilobayes.host.packing import packed, packed_weights, worthwhile
+from kilobayes.host.packing import FrozenWeight, frozen_weights, packed, packed_weights, worthwhile
 
 pytestmark = pytest.mark.skipif(
     not kernels.available(), reason="oneDNN's packed product is not in this build of torch"
@@ -78,9 +78,9 @@ def test_a_model_gives_the_same_outputs_and_gradients(shape: tuple[int, ...], ge
 
 def test_the_packed_kernel_really_runs(gen: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    product = kernels.PackedWeight.product
+    multiply = kernels.PackedWeight.multiply
     monkeypatch.setattr(
-        kernels.PackedWeight, "product", lambda self, x: calls.append(self.d_out) or product(self, x)
+        kernels.PackedWeight, "multiply", lambda self, x: calls.append(len(self.values)) or multiply(self, x)
     )
     model, x = net(gen), torch.randn(ROWS, 48, generator=gen)
     with packed(model):
@@ -242,3 +242,24 @@ def test_deciding_takes_little_time_and_no_random_numbers() -> None:
     assert time.process_time() - start < 2.0
     assert 0.05 < ratio < 20.0
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_frozen_weights_are_given_where_a_call_is_just_a_product(gen: torch.Generator) -> None:
+    model, x = net(gen), torch.randn(ROWS, 128, generator=gen)
+    trained, conv = model[0], model[4]
+    assert frozen_weights(trained) is None
+    assert frozen_weights(model[1]) is None
+    base = frozen_weights(conv)
+    assert type(base) is FrozenWeight
+    assert torch.equal(base.product(x), conv(x))
+    with packed(model):
+        assert frozen_weights(conv) is packed_weights(conv)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert frozen_weights(conv) is None
+    handle = conv.register_forward_hook(lambda module, args, out: out + 1)
+    assert frozen_weights(conv) is None
+    with packed(model):
+        assert frozen_weights(conv) is None
+        close(conv(x), base.product(x) + 1)
+    handle.remove()
+    assert frozen_weights(conv) is not None
