@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16)
+# Below about a million multiply-adds the dearer call costs more than the faster product gains (float32 only).
+SMALLEST = 1 << 20
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def eager(device: str) -> bool:
+    """Whether code runs as it is written: no autocast, no ``torch.func`` transform, no compiler."""
+    return not (torch.is_autocast_enabled(device) or _functorch_active() or torch.compiler.is_compiling())
 
 
 def _reorder(weight: Tensor) -> Tensor:
@@ -29,39 +36,56 @@ def _reorder(weight: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class PackedWeight:
-    """A frozen weight in oneDNN's layout, beside the tensor it was made from.
+class FrozenWeight:
+    """A frozen weight ``values`` ``(d_out, d_in)`` and bias ``(d_out,)`` or None, multiplied as usual."""
 
-    Attributes:
-        source: the weight as the module holds it; never written to.
-        values: what ``source`` held when it was packed, as ``(d_out, d_in)``: the same memory, kept so that
-            its address stays taken.
-        version: of ``source`` when it was packed, to notice in-place changes.
-        d_in, d_out: input and output width.
-        weight: ``(d_out, d_in)`` reordered (opaque).
-        transpose: ``(d_in, d_out)`` reordered, or None where no backward is wanted.
-        bias: ``(d_out,)`` or None.
-    """
-
-    source: Tensor
     values: Tensor
-    version: int
-    d_in: int
-    d_out: int
-    weight: Tensor
-    transpose: Tensor | None
     bias: Tensor | None
 
     @property
-    def mT(self) -> PackedWeight:
+    def mT(self) -> FrozenWeight:
         """The transposed map without bias, which carries gradients back."""
+        return FrozenWeight(self.values.mT, None)
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether x is a plain tensor of the weight's dtype and device, of at least one row."""
+        return (
+            type(x) is Tensor
+            and x.dtype == self.values.dtype
+            and x.device == self.values.device
+            and x.dim() > 1
+            and x.numel() > 0
+        )
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x W^T + b`` outside autograd: ``(..., d_in) -> (..., d_out)``."""
+        return torch.nn.functional.linear(x, self.values, self.bias)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight(FrozenWeight):
+    """The same in oneDNN's layout too.
+
+    Attributes:
+        source: the weight as the module holds it, never written to; ``values`` is the same memory, kept so
+            that its address stays taken.
+        version: of ``source`` when it was packed, to notice in-place changes.
+        weight: ``(d_out, d_in)`` reordered (opaque).
+        transpose: ``(d_in, d_out)`` reordered, or None where no backward is wanted.
+    """
+
+    source: Tensor
+    version: int
+    weight: Tensor
+    transpose: Tensor | None
+
+    @property
+    def mT(self) -> PackedWeight:
         assert self.transpose is not None
-        flipped = (self.d_out, self.d_in, self.transpose, self.weight, None)
-        return PackedWeight(self.source, self.values, self.version, *flipped)
+        return PackedWeight(self.values.mT, None, self.source, self.version, self.transpose, self.weight)
 
     def current(self, source: Tensor | None, bias: Tensor | None) -> bool:
-        """Whether these are still the frozen tensors that were packed, numbers unchanged, and the code runs
-        eagerly (no autocast, no ``torch.func`` transform, no compiler)."""
+        """Whether these are still the frozen tensors that were packed, with their numbers unchanged."""
         return (
             source is self.source
             and bias is self.bias
@@ -69,25 +93,23 @@ class PackedWeight:
             and (bias is None or not bias.requires_grad)
             and source._version == self.version
             and source.data_ptr() == self.values.data_ptr()
-            and not torch.is_autocast_enabled("cpu")
-            and not _functorch_active()
-            and not torch.compiler.is_compiling()
         )
 
     def serves(self, x: Tensor) -> bool:
-        """Whether x is a plain CPU tensor of the weight's dtype, and the transpose is at hand if it needs a
-        gradient."""
-        return (
-            type(x) is Tensor
-            and x.is_cpu
-            and x.dtype == self.source.dtype
-            and x.dim() > 1
-            and x.numel() > 0
-            and not (self.transpose is None and x.requires_grad and torch.is_grad_enabled())
+        """Also, whether the transpose is at hand if x needs a gradient."""
+        return super().serves(x) and not (
+            self.transpose is None and x.requires_grad and torch.is_grad_enabled()
         )
 
+    def small(self, x: Tensor) -> bool:
+        """Whether the product is too small for the packed operator to pay."""
+        return x.numel() * self.values.shape[0] < SMALLEST and x.dtype is torch.float32
+
     def product(self, x: Tensor) -> Tensor:
-        """``x W^T + b`` outside autograd: ``(..., d_in) -> (..., d_out)``."""
+        return super().product(x) if self.small(x) else self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The packed operator itself."""
         return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
 
 
@@ -100,83 +122,78 @@ def pack(
     Raises:
         RuntimeError: this build or CPU has no such operator for the dtype (see ``available``).
     """
-    matrix = weight.mT if inputs_first else weight
-    d_out, d_in = matrix.shape
-    return PackedWeight(
-        source=weight,
-        values=matrix.detach(),
-        version=weight._version,
-        d_in=d_in,
-        d_out=d_out,
-        weight=_reorder(matrix),
-        transpose=_reorder(matrix.mT) if backward else None,
-        bias=bias,
-    )
+    matrix = (weight.mT if inputs_first else weight).detach()
+    transpose = _reorder(matrix.mT) if backward else None
+    return PackedWeight(matrix, bias, weight, weight._version, _reorder(matrix), transpose)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: PackedWeight) -> Tensor:
-        ctx.packed = packed
-        return packed.product(x)
+    def forward(ctx: Any, x: Tensor, base: FrozenWeight) -> Tensor:
+        ctx.base = base
+        return base.product(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         # A linear map again, so differentiating twice works too.
-        return linear(grads[0], ctx.packed.mT), None
+        return linear(grads[0], ctx.base.mT), None
 
 
-def linear(x: Tensor, packed: PackedWeight) -> Tensor:
+def linear(x: Tensor, base: FrozenWeight) -> Tensor:
     """``y = x W^T + b``, ``(..., d_in) -> (..., d_out)``, differentiable in x."""
-    return _Linear.apply(x, packed)
+    return _Linear.apply(x, base)
 
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, packed: PackedWeight) -> Tensor:
-        y = packed.product(x)
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: FrozenWeight) -> Tensor:
+        y = base.product(x)
         h = torch.bmm(x.view(a.shape[0], -1, x.shape[-1]), a.mT)
         y.view(a.shape[0], -1, y.shape[-1]).baddbmm_(h, b.mT)
         ctx.save_for_backward(x, h, a, b)
-        ctx.packed = packed
+        ctx.base = base
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, h, a, b = ctx.saved_tensors
         want_x, want_a, want_b, _ = ctx.needs_input_grad
+        rows = x.view(a.shape[0], -1, x.shape[-1])
+        if torch.is_grad_enabled():  # to be differentiated again: h must depend on x and A
+            h = torch.bmm(rows, a.mT)
         grad = grad.contiguous()
         grad_y = grad.view(a.shape[0], -1, grad.shape[-1])
         grad_b = torch.bmm(grad_y.mT, h) if want_b else None
         if not (want_x or want_a):
             return None, None, grad_b, None
         grad_h = torch.bmm(grad_y, b)
-        grad_a = torch.bmm(grad_h.mT, x.view(a.shape[0], -1, x.shape[-1])) if want_a else None
+        grad_a = torch.bmm(grad_h.mT, rows) if want_a else None
         grad_x = None
-        if want_x:
-            grad_x = ctx.packed.mT.product(grad)
-            grad_x.view(a.shape[0], -1, x.shape[-1]).baddbmm_(grad_h, a)
+        if want_x and torch.is_grad_enabled():
+            grad_x = low_rank_linear(grad, ctx.base.mT, b.mT, a.mT)
+        elif want_x:
+            grad_x = ctx.base.mT.product(grad)
+            grad_x.view(rows.shape).baddbmm_(grad_h, a)
         return grad_x, grad_a, grad_b, None
 
 
-def low_rank_linear(x: Tensor, packed: PackedWeight, a: Tensor, b: Tensor) -> Tensor:
-    """``y = x W^T + bias + (x A_s^T) B_s^T`` for a stack of S members over one packed base.
+def low_rank_linear(x: Tensor, base: FrozenWeight, a: Tensor, b: Tensor) -> Tensor:
+    """``y = x W^T + bias + (x A_s^T) B_s^T`` for a stack of S members over one frozen base.
 
     Args:
         x: ``(S * n, ..., d_in)``, rows grouped by member (all of member 0 first).
         a: ``(S, r, d_in)``.
         b: ``(S, d_out, r)``.
 
-    The update is added into the base's product in place, and only x and ``x A^T`` are kept for the backward
-    pass. An x that the packed weight does not serve takes the same products one by one.
+    The update is added into the base's product in place, forward and backward, and only x and ``x A^T`` are
+    kept for the backward pass. An x that the base does not serve takes the same products one by one.
     """
-    if not packed.serves(x):
-        y = torch.nn.functional.linear(x, packed.values, packed.bias)
+    if not base.serves(x):
+        y = torch.nn.functional.linear(x, base.values, base.bias)
         rows = (a.shape[0], x.shape[:-1].numel() // a.shape[0])
-        h = torch.bmm(x.reshape(*rows, packed.d_in), a.mT)
-        return torch.baddbmm(y.reshape(*rows, packed.d_out), h, b.mT).view(y.shape)
-    return _LowRankLinear.apply(x.contiguous(), a, b, packed)
+        h = torch.bmm(x.reshape(*rows, x.shape[-1]), a.mT)
+        return torch.baddbmm(y.reshape(*rows, y.shape[-1]), h, b.mT).view(y.shape)
+    return _LowRankLinear.apply(x.contiguous(), a, b, base)
 
 
 @functools.cache
@@ -193,8 +210,8 @@ def available(dtype: torch.dtype = torch.float32) -> bool:
             tolerance = 1e-5 if dtype is torch.float32 else 5e-2
             for rows in (1, 3):
                 x = torch.linspace(-1.0, 2.0, 2 * rows * 5).view(2, rows, 5).cos().to(dtype)
-                y = packed.product(x)
-                back = packed.mT.product(y)
+                y = packed.multiply(x)
+                back = packed.mT.multiply(y)
                 pairs = ((y, x @ weight.T + bias), (back, y @ weight))
                 if not all(torch.allclose(*pair, rtol=tolerance, atol=tolerance) for pair in pairs):
                     return False

@@ -14,12 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from kilobayes.errors import KilobayesError
-from kilobayes.host.kernels import PackedWeight, available, linear, low_rank_linear, pack
+from kilobayes.host.kernels import FrozenWeight, PackedWeight, available, eager, linear, low_rank_linear, pack
 
-__all__ = ["PackedWeight", "available", "low_rank_linear", "packed", "packed_weights", "worthwhile"]
-
-# Below about a million multiply-adds the dearer call costs more than the faster product gains (float32 only).
-SMALLEST = 1 << 20
+__all__ = [
+    "FrozenWeight",
+    "PackedWeight",
+    "available",
+    "frozen_weights",
+    "low_rank_linear",
+    "packed",
+    "packed_weights",
+    "worthwhile",
+]
 
 
 class _PackedForward:
@@ -29,15 +35,16 @@ class _PackedForward:
     def __init__(self, module: nn.Module, packed: PackedWeight) -> None:
         self.module, self.packed = module, packed
         self.original = type(module).forward.__get__(module)
-        self.smallest = SMALLEST if packed.source.dtype is torch.float32 else 0
 
     def usable(self) -> PackedWeight | None:
+        """The packed weight, unless the module's has changed since or a context asks for torch's own code."""
         held = self.module._parameters
-        return self.packed if self.packed.current(held.get("weight"), held.get("bias")) else None
+        fresh = self.packed.current(held.get("weight"), held.get("bias"))
+        return self.packed if fresh and eager("cpu") else None
 
     def __call__(self, x: Tensor) -> Tensor:
         weight = self.usable()
-        if weight is None or not weight.serves(x) or x.numel() * weight.d_out < self.smallest:
+        if weight is None or not weight.serves(x) or weight.small(x):
             return self.original(x)
         return linear(x, weight)
 
@@ -58,21 +65,23 @@ def _layout(module: nn.Module) -> bool | None:
     return None
 
 
-def _packable(module: nn.Module, dtype: torch.dtype) -> bool:
+def _plain(module: nn.Module) -> bool:
+    """Whether the module is a linear layer that runs its class's own code on frozen ordinary tensors."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if weight is None or "forward" in module.__dict__ or _layout(module) is None:
         return False
     parts = [weight] if bias is None else [weight, bias]
     return (
-        all(
-            type(part) is nn.Parameter and not part.requires_grad and not part.is_inference()
-            for part in parts
-        )
-        and all(part.is_cpu and part.dtype == weight.dtype for part in parts)
-        and weight.dtype == dtype
+        all(type(part) is nn.Parameter and not part.requires_grad for part in parts)
+        and all(part.device == weight.device and part.dtype == weight.dtype for part in parts)
         and weight.layout is torch.strided
         and weight.numel() > 0
     )
+
+
+def _packable(module: nn.Module, dtype: torch.dtype) -> bool:
+    weight: Any = module._parameters.get("weight")
+    return _plain(module) and weight.is_cpu and weight.dtype == dtype and not weight.is_inference()
 
 
 @contextlib.contextmanager
@@ -120,6 +129,29 @@ def packed_weights(module: nn.Module) -> PackedWeight | None:
     return forward.usable() if isinstance(forward, _PackedForward) else None
 
 
+def frozen_weights(module: nn.Module) -> FrozenWeight | None:
+    """What ``low_rank_linear`` needs of a base layer: its packed weight, else its own on whatever device.
+
+    None where calling the module is not the same as multiplying by a frozen weight (hooks, a replaced
+    ``forward``, a quantised or trained weight) or where torch's own code must run (autocast, ``torch.func``,
+    a compiler).
+    """
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    if any(hooks):
+        return None
+    if isinstance(module.__dict__.get("forward"), _PackedForward):
+        return packed_weights(module)
+    held: dict[str, Any] = module._parameters
+    if not _plain(module) or not eager(held["weight"].device.type):
+        return None
+    return FrozenWeight((held["weight"].mT if _layout(module) else held["weight"]).detach(), held.get("bias"))
+
+
 def worthwhile(dtype: torch.dtype = torch.float32) -> bool:
     """Whether packed products of this dtype pay on this machine; the same answer throughout a process.
 
@@ -153,6 +185,6 @@ def _time_ratio(rows: int = 128, d_in: int = 384, d_out: int = 1024, rounds: int
         for _ in range(rounds):
             for name in best:
                 start = time.thread_time()
-                nn.functional.linear(x, weight) if name == "plain" else record.product(x)
+                nn.functional.linear(x, weight) if name == "plain" else record.multiply(x)
                 best[name] = min(best[name], time.thread_time() - start)
     return best["packed"] / best["plain"]

@@ -7,9 +7,14 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kilobayes.host import kernels
-from kilobayes.host.kernels import linear, low_rank_linear, pack
+from kilobayes.host.kernels import FrozenWeight, linear, low_rank_linear, pack
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="this torch has no packed products")
+
+
+@pytest.fixture(autouse=True)
+def packed_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SMALLEST", 0)
 
 
 @pytest.fixture
@@ -51,10 +56,12 @@ def test_second_derivatives(gen: torch.Generator) -> None:
 @pytest.mark.parametrize("shape", [(6, 40), (6, 5, 40), (3, 2, 5, 40)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("needs", ["xab", "ab", "x", "b"])
+@pytest.mark.parametrize("kind", ["packed", "frozen"])
 def test_the_fused_update_matches_autograd(
-    stack: int, shape: tuple[int, ...], bias: bool, needs: str, gen: torch.Generator
+    stack: int, shape: tuple[int, ...], bias: bool, needs: str, kind: str, gen: torch.Generator
 ) -> None:
-    record = pack(torch.randn(24, 40, generator=gen), torch.randn(24, generator=gen) if bias else None)
+    weight, shift = torch.randn(24, 40, generator=gen), torch.randn(24, generator=gen) if bias else None
+    record = pack(weight, shift) if kind == "packed" else FrozenWeight(weight, shift)
     tensors = {
         "x": torch.randn(shape, generator=gen),
         "a": torch.randn(stack, 4, 40, generator=gen),
@@ -82,6 +89,18 @@ def test_the_fused_update_matches_autograd(
     for run in runs:
         for got, wanted in zip(all_of(run), reference, strict=True):
             close(got, wanted)
+
+
+def test_the_fused_update_differentiates_twice(gen: torch.Generator) -> None:
+    shapes = ((6, 2, 5), (3, 2, 5), (3, 4, 2))
+    tensors = [torch.randn(s, generator=gen, dtype=torch.float64).requires_grad_() for s in shapes]
+    weight, bias = (torch.randn(s, generator=gen, dtype=torch.float64) for s in ((4, 5), (4,)))
+
+    def update(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return low_rank_linear(x, FrozenWeight(weight, bias), a, b)
+
+    assert torch.autograd.gradcheck(update, tensors)
+    assert torch.autograd.gradgradcheck(update, tensors)
 
 
 def test_the_fused_update_without_a_transpose_takes_the_plain_products(gen: torch.Generator) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 
 import pytest
 import torch
@@ -11,9 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from kilobayes.errors import KilobayesError
-from kilobayes.host import kernels, packing
-from kilobayes.host.packing import FrozenWeight, frozen_weights, packed, packed_weights, worthwhile
+from kilobayes.host import kernels
+from kilobayes.host.packing import FrozenWeight, frozen_weights, packed, packed_weights
 
 pytestmark = pytest.mark.skipif(
     not kernels.available(), reason="oneDNN's packed product is not in this build of torch"
@@ -218,30 +216,6 @@ def test_bfloat16_when_asked_for(gen: torch.Generator) -> None:
         assert packed_weights(model[2]) is not None
         for got, wanted in zip(gradients(model, x), plain, strict=True):
             close(got.float(), wanted.float(), 3e-2)
-
-
-def test_the_environment_forces_the_choice(monkeypatch: pytest.MonkeyPatch, gen: torch.Generator) -> None:
-    monkeypatch.setattr(packing, "_time_ratio", lambda: 0.79)
-    for value, wanted in (("0", False), ("1", True), ("", True)):
-        monkeypatch.setenv("KILOBAYES_PACK", value)
-        assert worthwhile() is wanted
-    monkeypatch.setattr(packing, "_time_ratio", lambda: 0.81)
-    model = net(gen)
-    with packed(model):
-        assert not worthwhile()
-        assert packed_weights(model[2]) is None
-    assert not worthwhile(torch.float16)
-    monkeypatch.setenv("KILOBAYES_PACK", "yes")
-    with pytest.raises(KilobayesError, match="KILOBAYES_PACK must be 0 or 1"):
-        worthwhile()
-
-
-def test_deciding_takes_little_time_and_no_random_numbers() -> None:
-    before, start = torch.random.get_rng_state(), time.process_time()
-    ratio = packing._time_ratio.__wrapped__()
-    assert time.process_time() - start < 2.0
-    assert 0.05 < ratio < 20.0
-    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_frozen_weights_are_given_where_a_call_is_just_a_product(gen: torch.Generator) -> None:
