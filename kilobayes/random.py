@@ -41,4 +41,4 @@ class Streams:
 
     def restore(self, state: Tensor) -> None:
         for g, row in zip(self.generators, state, strict=True):
-            g.set_state(row.contiguous())
+            g.set_state(row.clone())  # a view into a larger tensor crashes torch 2.13
