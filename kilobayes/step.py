@@ -47,10 +47,11 @@ def rows_of_step(seed: int, step: int, rows: int, batch: int) -> Tensor:
 
 
 class Processes:
-    """The processes of ``accelerate launch``; one where there is no such thing."""
+    """The processes of ``torchrun`` or ``accelerate launch``; one where there is no such thing."""
 
-    def __init__(self) -> None:
-        self.state = PartialState()
+    def __init__(self, device: torch.device) -> None:
+        # on the CPU they talk through gloo, even where there is a GPU
+        self.state = PartialState() if PartialState._shared_state else PartialState(cpu=device.type == "cpu")
         self.count: int = self.state.num_processes
         self.index: int = self.state.process_index
 
@@ -92,11 +93,11 @@ class Step:
     seeds: tuple[int, ...]
     batch_size: int
     accumulate: int
+    processes: Processes
 
     def __post_init__(self) -> None:
         self.method: Any = host.method(self.model)
         self.groups: dict[str, float] = getattr(self.method, "rates", dict)()
-        self.processes = Processes()
 
     def run(self, state: Any, theta: Params, progress: Progress, autocast: str) -> Tensor:
         """Losses ``(S,)`` of a step over the micro-batches; gradients are in ``theta``'s ``.grad``."""

@@ -95,7 +95,7 @@ def fit(
     """Train the stack ``start`` on the hosted ``model`` and collect the posterior.
 
     The base runs in evaluation mode: its own dropout would draw from the global generator, and differ between a
-    member in a stack and alone. Use the adapter's dropout. Under ``accelerate launch`` each process takes its share of
+    member in a stack and alone. Use the adapter's dropout. Under ``torchrun`` or ``accelerate launch`` each process takes its share of
     every member's rows. The first Ctrl-C ends training after the step, a second one at once.
 
     Args:
@@ -128,8 +128,8 @@ def fit(
     done, began = 0, time.monotonic()
     if save is not None and (found := save.load(posterior, state, theta, moments, streams)) is not None:
         state, done, losses, alive = found.state, found.step, found.losses, found.alive.to(device)
-    work = Step(model, data, nll, posterior, streams, settings.seeds, settings.batch_size, settings.accumulate)
-    processes = Processes()
+    processes = Processes(device)
+    work = Step(model, data, nll, posterior, streams, settings.seeds, settings.batch_size, settings.accumulate, processes)
 
     def own(step: int) -> float:
         return optim.linear((step - 0.5) / steps, settings.warmup)
