@@ -46,6 +46,7 @@ class AdamWState:
 
 
 def init(theta: Params) -> AdamWState:
+    """Moments of zero for a stack."""
     zeros = map_params(torch.zeros_like, map_params(Tensor.detach, theta))
     return AdamWState(zeros, map_params(Tensor.clone, zeros))
 
