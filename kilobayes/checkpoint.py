@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: one file, replaced atomically, from which a killed run goes on to the same result."""
+"""Checkpoints of a run: one file, replaced atomically, from which a killed run goes on to the same result."""
 
 from __future__ import annotations
 
@@ -22,10 +22,18 @@ from kilobayes.tree import flatten_state, unflatten_state
 from kilobayes.types import Params, Posterior, Progress
 
 
-def write_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file that is there whole or not at all: written beside it, flushed to disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.part")  # one name, so that what a killed run left is written over
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary, dict(metadata or {}))
+def write_atomically(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """A safetensors file that is there whole or not at all: written beside it, flushed, then renamed."""
+    temporary = path.with_name(
+        f".{path.name}.part"
+    )  # one name, so that what a killed run left is written over
+    save_file(
+        {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+        temporary,
+        dict(metadata or {}),
+    )
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -41,7 +49,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {k: file.get_tensor(k) for k in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except FileNotFoundError:
-        raise KilobayesError(f"{path} is missing", "a run's folder holds it", "train again, or name another run") from None
+        raise KilobayesError(
+            f"{path} is missing", "a run's folder holds it", "train again, or name another run"
+        ) from None
     except (SafetensorError, OSError, ValueError) as error:
         raise KilobayesError(
             f"{path} is damaged or is no safetensors file", str(error), "copy it again from where it was made"
@@ -97,7 +107,9 @@ class Checkpoint:
         write_atomically(self.path, tensors, {"identity": json.dumps(self.identity, sort_keys=True)})
         self.last = time.monotonic()
 
-    def load(self, posterior: Posterior, state: Any, theta: Params, moments: AdamWState, streams: Streams) -> Found | None:
+    def load(
+        self, posterior: Posterior, state: Any, theta: Params, moments: AdamWState, streams: Streams
+    ) -> Found | None:
         """Put a checkpoint's weights, moments and random states back in place.
 
         Raises:
@@ -122,7 +134,12 @@ class Checkpoint:
             ) from None
 
     def _restore(
-        self, tensors: dict[str, Tensor], posterior: Posterior, theta: Params, moments: AdamWState, streams: Streams
+        self,
+        tensors: dict[str, Tensor],
+        posterior: Posterior,
+        theta: Params,
+        moments: AdamWState,
+        streams: Streams,
     ) -> Found:
         with torch.no_grad():
             for name, params in (("theta", theta), ("first", moments.first), ("second", moments.second)):
@@ -133,4 +150,6 @@ class Checkpoint:
         streams.restore(tensors["streams"])
         device = next(iter(theta.values())).device
         kept = {k.removeprefix("state|"): v.to(device) for k, v in tensors.items() if k.startswith("state|")}
-        return Found(unflatten_state(posterior, kept), int(tensors["step"]), tensors["losses"], tensors["alive"])
+        return Found(
+            unflatten_state(posterior, kept), int(tensors["step"]), tensors["losses"], tensors["alive"]
+        )

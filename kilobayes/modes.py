@@ -14,7 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Within it, every module is in evaluation mode; afterwards each is in the mode it was in.
 
-    ``model.train(model.training)`` would not do: a freshly made PeftModel is in training mode around a base that is not.
+    ``model.train(model.training)`` would not do: a freshly made PeftModel is in training mode around a base
+    that is not.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -29,10 +30,12 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 def checkpointing(model: nn.Module) -> Iterator[None]:
     """Within it, layers set to gradient checkpointing obey although the model is in evaluation mode.
 
-    transformers recomputes a layer only in training mode, and some layers read the same switch for their own dropout;
-    so the switch is on where it is asked whether to recompute, and off inside what is recomputed.
+    transformers recomputes a layer only in training mode, and some layers read the same switch for their own
+    dropout; so the switch is on where it is asked whether to recompute, and off inside what is recomputed.
     """
-    chosen = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    chosen = [
+        m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing
+    ]
     modes = [layer.training for layer in chosen]
     functions: list[Any] = [layer._gradient_checkpointing_func for layer in chosen]
 

@@ -5,8 +5,8 @@ Loshchilov & Hutter, arXiv:1711.05101. With gradient g of member s at step t:
 .. math:: m = \beta_1 m + (1 - \beta_1) g, \quad v = \beta_2 v + (1 - \beta_2) g^2, \quad
           \theta = (1 - \eta_s w)\,\theta - \eta_s \hat m / (\sqrt{\hat v} + \epsilon)
 
-It is ours because a learning rate per member is a vector, which torch's optimisers do not take. For one member it
-equals ``torch.optim.AdamW``.
+It is ours because a learning rate per member is a vector, which torch's optimisers do not take. For one
+member it equals ``torch.optim.AdamW``.
 """
 
 from __future__ import annotations
@@ -58,7 +58,13 @@ def norms(gradients: Params) -> Tensor:
 
 @torch.no_grad()
 def step(
-    config: AdamW, state: AdamWState, theta: Params, gradients: Params, rates: Tensor, count: int, groups: dict[str, float]
+    config: AdamW,
+    state: AdamWState,
+    theta: Params,
+    gradients: Params,
+    rates: Tensor,
+    count: int,
+    groups: dict[str, float],
 ) -> Tensor:
     """One step in place on ``theta`` and ``state``; returns the gradient norms before clipping ``(S,)``.
 

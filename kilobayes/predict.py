@@ -1,4 +1,4 @@
-"""Prediction averaged over posterior samples: one forward for many samples, probabilities averaged, never scores."""
+"""Prediction over posterior samples: one forward for many, probabilities averaged, never scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from kilobayes.posteriors import ask
 from kilobayes.tasks.classify import Classify, Encoded
 from kilobayes.types import Params, Posterior
 
-TOKENS_IN_FLIGHT = 1 << 15  # rows x members x tokens of a forward; bounds memory, and more gains nothing on a CPU
+TOKENS_IN_FLIGHT = (
+    1 << 15
+)  # rows x members x tokens of a forward; bounds memory, and more gains nothing on a CPU
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,7 @@ class Predictive:
 
     @property
     def mutual_info(self) -> Tensor:
-        """Entropy of the average minus average entropy, in nats, ``(N,)``: what the samples disagree about."""
+        """Entropy of the average minus average entropy, nats, ``(N,)``: what the samples disagree about."""
         each = torch.special.entr(self.logits.double().softmax(dim=-1)).sum(dim=-1)
         return (self.entropy - each.mean(dim=0)).clamp(min=0.0)
 
@@ -125,8 +127,8 @@ def predict(
     """The posterior predictive of every row.
 
     Args:
-        samples: draws of a continuous posterior, in all: an ensemble's members share them, and get at least one each.
-        gen: where the draws come from.
+        samples: draws of a continuous posterior, in all: an ensemble's members share them, and get at least
+        one each. gen: where the draws come from.
     """
     theta = draw(posterior, state, samples, gen)
     scores = logits(model, theta, task, encoded, batch_size=batch_size)

@@ -1,7 +1,7 @@
 """Methods written as text: ``"SWAG(rank=20)"`` to an object, and back.
 
-Only names of adapters and posteriors, literals, and such calls nested in each other are understood; nothing is
-evaluated.
+Only names of adapters and posteriors, literals, and such calls nested in each other are understood; nothing
+is evaluated.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def _walk(node: ast.expr, kind: str, text: str) -> tuple[str, list[Any], dict[st
     named = {k.arg or "**": k.value for k in call.keywords}
     given = fields[: len(call.args)] + [k.arg or "**" for k in call.keywords]
     if len(call.args) > len(fields):
-        raise KilobayesError(f"{name} takes at most {len(fields)} values", f"found {len(call.args)} in {text!r}")
+        raise KilobayesError(
+            f"{name} takes at most {len(fields)} values", f"found {len(call.args)} in {text!r}"
+        )
     for keyword in named:
         if keyword not in fields:
             guess = nearest(keyword, fields)

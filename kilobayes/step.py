@@ -170,7 +170,7 @@ class Factors:
 
 
 class Interrupts:
-    """Within it, the first Ctrl-C only sets ``seen``, so that a step can be finished; a second one is the usual.
+    """Within it, the first Ctrl-C only sets ``seen``, so that a step is finished; a second is the usual one.
 
     A handler that is not Python's own is left alone, and so are threads, which signals do not reach.
     """

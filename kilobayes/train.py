@@ -1,7 +1,7 @@
 """The one training loop: a stack of S members at once, each with its own data order, seed, rate and clipping.
 
-A member of a stack takes the steps that it would take alone: its rows, its noise and its start come from its own
-seed, and one member's loss has no gradient in another.
+A member of a stack takes the steps that it would take alone: its rows, its noise and its start come from its
+own seed, and one member's loss has no gradient in another.
 """
 
 from __future__ import annotations
@@ -94,9 +94,10 @@ def fit(
 ) -> Trained:
     """Train the stack ``start`` on the hosted ``model`` and collect the posterior.
 
-    The base runs in evaluation mode: its own dropout would draw from the global generator, and differ between a
-    member in a stack and alone. Use the adapter's dropout. Under ``torchrun`` or ``accelerate launch`` each process takes its share of
-    every member's rows. The first Ctrl-C ends training after the step, a second one at once.
+    The base runs in evaluation mode: its own dropout would draw from the global generator, and differ between
+    a member in a stack and alone. Use the adapter's dropout. Under ``torchrun`` or ``accelerate launch`` each
+    process takes its share of every member's rows. The first Ctrl-C ends training after the step, a second
+    one at once.
 
     Args:
         model: a model with a hosted adapter; its parameters stay as they are, ``start`` is installed instead.
@@ -106,13 +107,16 @@ def fit(
         watch: called after every step with the losses ``(S,)``.
 
     Raises:
-        KilobayesError: every member diverged (the message names the learning rate); no rows; another number of
+        KilobayesError: every member diverged (the message names the learning rate); no rows; another number
+        of
             members than seeds.
         KeyboardInterrupt: passed on after a checkpoint was written.
     """
     stack = size(start)
     if stack != len(settings.seeds):
-        raise KilobayesError(f"a stack of {stack} members needs {stack} seeds", f"found {len(settings.seeds)}")
+        raise KilobayesError(
+            f"a stack of {stack} members needs {stack} seeds", f"found {len(settings.seeds)}"
+        )
     if not len(data):
         raise KilobayesError("there are no rows to train on")
     device = next(model.parameters()).device
@@ -129,20 +133,35 @@ def fit(
     if save is not None and (found := save.load(posterior, state, theta, moments, streams)) is not None:
         state, done, losses, alive = found.state, found.step, found.losses, found.alive.to(device)
     processes = Processes(device)
-    work = Step(model, data, nll, posterior, streams, settings.seeds, settings.batch_size, settings.accumulate, processes)
+    work = Step(
+        model,
+        data,
+        nll,
+        posterior,
+        streams,
+        settings.seeds,
+        settings.batch_size,
+        settings.accumulate,
+        processes,
+    )
 
     def own(step: int) -> float:
         return optim.linear((step - 0.5) / steps, settings.warmup)
 
     stopped = ""
     try:
-        # dropout of the adapter is drawn by the loop, from the members' own streams: evaluation mode loses nothing
+        # dropout of the adapter is drawn by the loop, from the members' own streams: evaluation mode loses
+        # nothing
         with Interrupts() as interrupts, evaluation(model), checkpointing(model):
             for index in range(done, steps):
                 progress = Progress(index + 1, steps, per_epoch, len(data))
                 loss = work.run(state, theta, progress, settings.autocast)
                 gradients = {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in theta.items()}
-                alive &= torch.isfinite(loss) & torch.isfinite(optim.norms(gradients)) & ~_exploded(losses, loss, index)
+                alive &= (
+                    torch.isfinite(loss)
+                    & torch.isfinite(optim.norms(gradients))
+                    & ~_exploded(losses, loss, index)
+                )
                 losses[index] = loss.cpu()
                 if not alive.any():
                     raise _diverged(settings, losses, index)

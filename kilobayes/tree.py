@@ -96,8 +96,8 @@ def flatten_state(state: Any, prefix: str = "") -> dict[str, Tensor]:
 def unflatten_state(posterior: Any, tensors: Mapping[str, Tensor], prefix: str = "") -> Any:
     """The inverse of :func:`flatten_state`; the state's type is the one that ``posterior.init`` announces.
 
-    A wrapping posterior holds the wrapped one as ``base`` and the wrapped state as ``inner``; one whose ``init``
-    announces no class of state, such as an ensemble, has the state of its base.
+    A wrapping posterior holds the wrapped one as ``base`` and the wrapped state as ``inner``; one whose
+    ``init`` announces no class of state, such as an ensemble, has the state of its base.
 
     Raises:
         KeyError: a tensor that the state needs is not there.

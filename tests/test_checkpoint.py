@@ -64,7 +64,9 @@ def test_nothing_is_loaded_unasked(tmp_path: Path) -> None:
     assert not tree.first_difference(theta, parts(8)[0])
 
 
-def load(path: Path, identity: dict | None = None, members: int = 2, posterior: Posterior = POSTERIOR) -> None:
+def load(
+    path: Path, identity: dict | None = None, members: int = 2, posterior: Posterior = POSTERIOR
+) -> None:
     theta, moments, streams = parts(8)
     if members != 2:
         theta, moments = walk([1] * members)[0], optim.init(walk([1] * members)[0])
@@ -147,7 +149,9 @@ def test_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_killed_at_any_moment_and_resumed_to_the_same_bits(tmp_path: Path) -> None:
     program = Path(__file__).parent / "programs" / "crash.py"
-    done = subprocess.run([sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert len(found) == 21

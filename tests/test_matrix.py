@@ -14,8 +14,14 @@ OTHER = {
     "Point": ["Point(prior_precision=3.0)"],
     "SWA": ["SWA(start=0.3, snapshots=4, rate_held=0.7, anneal=0.2)"],
     "SWAG": ["SWAG(rank=0, by_epoch=True)", "SWAG(rank=3, scale=0.5, snapshots=5)", "SWAG(scale=0.0)"],
-    "Ensemble": ["Ensemble(SWAG(rank=2), members=3)", "Ensemble(Temperature(SWAG(rank=3), samples=4), members=2)"],
-    "Temperature": ["Temperature(SWAG(rank=4), samples=5)", "Temperature(Ensemble(SWAG(), members=3), samples=2)"],
+    "Ensemble": [
+        "Ensemble(SWAG(rank=2), members=3)",
+        "Ensemble(Temperature(SWAG(rank=3), samples=4), members=2)",
+    ],
+    "Temperature": [
+        "Temperature(SWAG(rank=4), samples=5)",
+        "Temperature(Ensemble(SWAG(), members=3), samples=2)",
+    ],
 }
 ADAPTERS = [text for name in catalog("adapters") for text in (name, *OTHER.get(name, []))]
 POSTERIORS = [text for name in catalog("posteriors") for text in (name, *OTHER.get(name, []))]

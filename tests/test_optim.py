@@ -25,7 +25,9 @@ def gradients(seeds: list[int], step: int) -> Params:
     return {key: size * streams.normal(torch.empty(len(seeds), *shape)) for key, shape in SHAPES.items()}
 
 
-def run(config: optim.AdamW, seeds: list[int], rates: list[float], groups: dict[str, float], steps: int = 20) -> Params:
+def run(
+    config: optim.AdamW, seeds: list[int], rates: list[float], groups: dict[str, float], steps: int = 20
+) -> Params:
     theta = start(seeds)
     state = optim.init(theta)
     for step in range(1, steps + 1):
@@ -68,7 +70,10 @@ def test_a_dead_member_stays_put_and_disturbs_nobody() -> None:
     state = optim.init(theta)
     first = gradients(seeds, 1)
     optim.step(config, state, theta, first, torch.tensor([0.1, 0.1]), 1, {})
-    frozen = {key: (v[1].clone(), state.first[key][1].clone(), state.second[key][1].clone()) for key, v in theta.items()}
+    frozen = {
+        key: (v[1].clone(), state.first[key][1].clone(), state.second[key][1].clone())
+        for key, v in theta.items()
+    }
     for step in range(2, 6):
         some = gradients(seeds, step)
         for value in some.values():
@@ -81,7 +86,15 @@ def test_a_dead_member_stays_put_and_disturbs_nobody() -> None:
     alone = start([1])
     single = optim.init(alone)
     for step in range(1, 6):
-        optim.step(config, single, alone, gradients([1], step), torch.tensor([0.1]), step, {} if step < 2 else {"a/A": 3.0})
+        optim.step(
+            config,
+            single,
+            alone,
+            gradients([1], step),
+            torch.tensor([0.1]),
+            step,
+            {} if step < 2 else {"a/A": 3.0},
+        )
     for key in SHAPES:
         torch.testing.assert_close(theta[key][0], alone[key][0], rtol=1e-6, atol=1e-6)
 

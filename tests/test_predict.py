@@ -55,7 +55,9 @@ def serial(model: torch.nn.Module, theta: Params) -> Tensor:
     out = []
     for index in range(tree.size(theta)):
         with installed(model, tree.member(theta, index)):
-            out.append(torch.cat([model(**ROWS.batch(torch.tensor([row]))[0]).logits for row in range(len(ROWS))]))
+            out.append(
+                torch.cat([model(**ROWS.batch(torch.tensor([row]))[0]).logits for row in range(len(ROWS))])
+            )
     return torch.stack(out)
 
 
@@ -88,7 +90,10 @@ def test_packed_weights_change_rounding_alone(
 
 def test_rows_keep_their_order(model: torch.nn.Module, theta: Params, task: Classify) -> None:
     turned = Encoded(ROWS.ids[::-1], None, ROWS.labels.flip(0), 0)
-    found, whole = logits(model, theta, task, turned, batch_size=4), logits(model, theta, task, ENCODED, batch_size=4)
+    found, whole = (
+        logits(model, theta, task, turned, batch_size=4),
+        logits(model, theta, task, ENCODED, batch_size=4),
+    )
     torch.testing.assert_close(found.flip(1), whole, rtol=1e-5, atol=2e-5)
 
 
@@ -106,7 +111,9 @@ def test_the_model_is_left_as_it_was(theta: Params, task: Classify) -> None:
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-def test_scores_may_be_differentiated_through_afterwards(model: torch.nn.Module, theta: Params, task: Classify) -> None:
+def test_scores_may_be_differentiated_through_afterwards(
+    model: torch.nn.Module, theta: Params, task: Classify
+) -> None:
     divisor = torch.tensor(2.0, requires_grad=True)
     (logits(model, theta, task, ENCODED) / divisor).sum().backward()
     assert divisor.grad is not None
@@ -162,14 +169,18 @@ def test_a_seed_gives_the_same_prediction(model: torch.nn.Module, task: Classify
     method = SWAG(rank=2, start=0.0, snapshots=9)
     start = tiny_start(model, [1])
     state = observed(method, [start, *(perturbed(start, seed) for seed in range(5))])
-    a, b, c = (predict(model, method, state, task, ENCODED, samples=4, gen=generator(s)).logits for s in (3, 3, 4))
+    a, b, c = (
+        predict(model, method, state, task, ENCODED, samples=4, gen=generator(s)).logits for s in (3, 3, 4)
+    )
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
     theta = draw(method, state, 4, generator(3))
     torch.testing.assert_close(a, ask.transform(method, state, serial(model, theta)), rtol=1e-5, atol=2e-5)
 
 
-def test_rows_and_losses_as_the_loop_asks_for_them(model: torch.nn.Module, theta: Params, task: Classify) -> None:
+def test_rows_and_losses_as_the_loop_asks_for_them(
+    model: torch.nn.Module, theta: Params, task: Classify
+) -> None:
     rows, chosen = Rows(task, ENCODED), torch.tensor([4, 0, 9, 9])
     inputs, labels = rows.batch(chosen)
     assert len(rows) == 21

@@ -8,7 +8,14 @@ from kilobayes.random import Streams, generator
 
 
 def test_seeds_give_different_streams_and_repeat() -> None:
-    seeds = [*itertools.product(range(12), range(6)), *((s,) for s in range(40)), (0, 0, 0), (-1,), (2**40,), (2**40, 1)]
+    seeds = [
+        *itertools.product(range(12), range(6)),
+        *((s,) for s in range(40)),
+        (0, 0, 0),
+        (-1,),
+        (2**40,),
+        (2**40, 1),
+    ]
     first = {tuple(torch.randint(2**62, (2,), generator=generator(*seed)).tolist()) for seed in seeds}
     assert len(first) == len(seeds)
     assert torch.equal(torch.randn(3, generator=generator(4, 2)), torch.randn(3, generator=generator(4, 2)))

@@ -20,7 +20,10 @@ from kilobayes.posteriors import SWA, SWAG, Ensemble, Point, Temperature
         ("SWAG(3, 0.5)", SWAG(rank=3, scale=0.5)),
         ("SWA(by_epoch=True, rate_held=1e-2)", SWA(by_epoch=True, rate_held=0.01)),
         ("Ensemble(SWAG, 3)", Ensemble(SWAG(), members=3)),
-        ("Temperature(Ensemble(base=Point(prior_precision=2), members=4))", Temperature(Ensemble(Point(2), members=4))),
+        (
+            "Temperature(Ensemble(base=Point(prior_precision=2), members=4))",
+            Temperature(Ensemble(Point(2), members=4)),
+        ),
     ],
 )
 def test_posteriors(text: str, expected: object) -> None:
@@ -122,7 +125,12 @@ def test_deep_but_sound_nesting_works() -> None:
 
 @pytest.mark.parametrize(
     ("text", "guess"),
-    [("SWAGG(rank=3)", "SWAG"), ("Temprature", "Temperature"), ("SWAG(rnk=3)", "rank="), ("Ensemble(membres=2)", "members=")],
+    [
+        ("SWAGG(rank=3)", "SWAG"),
+        ("Temprature", "Temperature"),
+        ("SWAG(rnk=3)", "rank="),
+        ("Ensemble(membres=2)", "members="),
+    ],
 )
 def test_near_misses_are_suggested(text: str, guess: str) -> None:
     with pytest.raises(KilobayesError, match="did you mean") as caught:
@@ -132,7 +140,28 @@ def test_near_misses_are_suggested(text: str, guess: str) -> None:
 
 def test_anything_else_is_an_error_of_ours() -> None:
     draw = random.Random(3)
-    parts = ["SWAG", "Point", "Temperature", "rank", "(", ")", "=", ",", "3", "-", ".", "[", "{", "'", '"', "\\", "\n", "*", ":", "é"]
+    parts = [
+        "SWAG",
+        "Point",
+        "Temperature",
+        "rank",
+        "(",
+        ")",
+        "=",
+        ",",
+        "3",
+        "-",
+        ".",
+        "[",
+        "{",
+        "'",
+        '"',
+        "\\",
+        "\n",
+        "*",
+        ":",
+        "é",
+    ]
     for _ in range(3000):
         text = "".join(draw.choices(parts, k=draw.randint(1, 9)))
         try:

@@ -27,11 +27,19 @@ METHOD = LoRA(r=2, dropout=0.25)
 
 
 def settings(**changes: Any) -> train.Settings:
-    plain: dict[str, Any] = {"lr": 0.01, "epochs": 2, "batch_size": 8, "seeds": (5,), "optimiser": AdamW(clip=0.5)}
+    plain: dict[str, Any] = {
+        "lr": 0.01,
+        "epochs": 2,
+        "batch_size": 8,
+        "seeds": (5,),
+        "optimiser": AdamW(clip=0.5),
+    }
     return train.Settings(**plain | changes)
 
 
-def run(posterior: Posterior, *, method: LoRA = METHOD, double: bool = False, **changes: Any) -> train.Trained:
+def run(
+    posterior: Posterior, *, method: LoRA = METHOD, double: bool = False, **changes: Any
+) -> train.Trained:
     keywords = {k: changes.pop(k) for k in ("save", "watch") if k in changes}
     chosen = settings(**changes)
     model = tiny_model(method)
@@ -93,7 +101,17 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_loss() -> None:
     state = posterior.init(theta, generator(1))
     for value in theta.values():
         value.data += 0.01
-    work = step.Step(model, ROWS, double_nll, posterior, Streams([generator(5, 1)]), (5,), 8, 3, step.Processes(torch.device("cpu")))
+    work = step.Step(
+        model,
+        ROWS,
+        double_nll,
+        posterior,
+        Streams([generator(5, 1)]),
+        (5,),
+        8,
+        3,
+        step.Processes(torch.device("cpu")),
+    )
     work.run(state, theta, Progress(1, 8, 4, 27), "no")
     found = {k: v.grad for k, v in theta.items()}
     inputs, labels = ROWS.batch(step.rows_of_step(5, 0, 27, 8))
@@ -198,7 +216,8 @@ def test_stops_in_time_with_a_usable_posterior(
     if isinstance(posterior, Point):
         assert torch.equal(mean, tree.flat(seen[-1]))
         return
-    # the plan was 16 steps with the tail from step 9, or 10 for the epochs; no snapshot was due: the last weights are it
+    # the plan was 16 steps with the tail from step 9, or 10 for the epochs; no snapshot was due: the last
+    # weights are it
     assert trained.state.count.tolist() == [1.0]
     torch.testing.assert_close(mean, tree.flat(seen[-1]), rtol=0, atol=0)
 
@@ -247,14 +266,20 @@ class Interrupting(TinyRows):
 
 
 def test_an_interrupt_within_a_step_finishes_it_first(tmp_path: Path) -> None:
-    model, rows, save = tiny_model(METHOD), Interrupting(ROWS.ids, ROWS.labels), Checkpoint(tmp_path / "c", {})
+    model, rows, save = (
+        tiny_model(METHOD),
+        Interrupting(ROWS.ids, ROWS.labels),
+        Checkpoint(tmp_path / "c", {}),
+    )
     with pytest.raises(KeyboardInterrupt):
         train.fit(model, rows, nll, Point(), tiny_start(model, [5]), settings(accumulate=2), save=save)
     resumed = run(Point(), accumulate=2, save=Checkpoint(tmp_path / "c", {}, resume=True))
     assert not tree.first_difference(resumed.state.theta, run(Point(), accumulate=2).state.theta)
 
 
-def test_a_stop_in_time_can_be_resumed_as_if_it_had_not_been(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_stop_in_time_can_be_resumed_as_if_it_had_not_been(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     posterior = SWAG(rank=2, start=0.25, snapshots=3)
     whole = run(posterior)
     clock = Clock(monkeypatch, 5)
@@ -286,7 +311,9 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(reentrant: bool) 
     model.base_model.model._activation_checkpointing_enable({"use_reentrant": reentrant})
     block = model.base_model.model.bert.encoder.layer[1].attention
     calls: list[bool] = []
-    block.register_forward_pre_hook(lambda module, args: calls.append(model.base_model.model.bert.encoder.layer[1].training))
+    block.register_forward_pre_hook(
+        lambda module, args: calls.append(model.base_model.model.bert.encoder.layer[1].training)
+    )
     start = tiny_start(model, [5, 6])
     posterior = Ensemble(Point(), members=2)
     trained = train.fit(model, ROWS, nll, posterior, start, settings(seeds=(5, 6), accumulate=2))

@@ -17,7 +17,9 @@ from kilobayes.types import Energy, Fits, Params, Posterior, Progress, Schedules
 
 def members(posterior: Posterior) -> int:
     """How many members the posterior trains: 1, or an ensemble's."""
-    return getattr(posterior, "members", None) or (members(posterior.base) if hasattr(posterior, "base") else 1)
+    return getattr(posterior, "members", None) or (
+        members(posterior.base) if hasattr(posterior, "base") else 1
+    )
 
 
 def objective(
@@ -28,7 +30,7 @@ def objective(
     streams: Streams,
     progress: Progress,
 ) -> Tensor:
-    """Loss of each member ``(S,)`` in nats per row; the mean negative log-likelihood unless the posterior says more."""
+    """Loss of each member ``(S,)`` in nats per row; the mean NLL unless the posterior says more."""
     if isinstance(posterior, Trains):
         return posterior.objective(state, theta, nll, streams, progress)
     return nll(theta).mean(dim=1)

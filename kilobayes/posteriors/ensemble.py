@@ -1,9 +1,12 @@
-r"""Deep ensembles, Lakshminarayanan et al., arXiv:1612.01474; over SWAG it is MultiSWAG, Wilson & Izmailov, arXiv:2002.08791.
+r"""Deep ensembles: Lakshminarayanan et al., arXiv:1612.01474.
+
+Over SWAG it is MultiSWAG: Wilson & Izmailov, arXiv:2002.08791.
 
 .. math:: p(y \mid x) = \frac1M \sum_m \mathbb{E}_{\theta \sim q_m}\, p(y \mid x, \theta)
 
-M members with their own initial weights and data order, trained as one stack; their posteriors are pooled in equal
-parts. Probabilities are averaged, never scores, and mutual information is taken over all members' samples.
+M members with their own initial weights and data order, trained as one stack; their posteriors are pooled in
+equal parts. Probabilities are averaged, never scores, and mutual information is taken over all members'
+samples.
 """
 
 from __future__ import annotations
@@ -64,7 +67,9 @@ class Ensemble:
 
     def fit(self, state: Any, energy: Energy, gen: torch.Generator) -> Any:
         count = size(self.base.mean(state))
-        return concatenate_states([ask.fit(self.base, state_member(state, k), energy, gen) for k in range(count)])
+        return concatenate_states(
+            [ask.fit(self.base, state_member(state, k), energy, gen) for k in range(count)]
+        )
 
     def transform(self, state: Any, logits: Tensor) -> Tensor:
         return ask.transform(self.base, state, logits)

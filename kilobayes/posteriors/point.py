@@ -1,9 +1,10 @@
 r"""One point: maximum likelihood, or the maximum of the posterior under a Gaussian prior.
 
-.. math:: L(\theta) = \frac1N \sum_i -\log p(y_i \mid x_i, \theta) + \frac{\lambda}{2N} \lVert\theta - \theta_0\rVert^2
+.. math:: L(\theta) = \frac1N \sum_i -\log p(y_i \mid x_i, \theta)
+          + \frac{\lambda}{2N} \lVert\theta - \theta_0\rVert^2
 
-The prior is centred at the *initial* factors theta_0, not at zero: a zero-mean prior would pull LoRA's A, and the
-factors of methods that start from the base's weights, away from where the method starts.
+The prior is centred at the *initial* factors theta_0, not at zero: a zero-mean prior would pull LoRA's A, and
+the factors of methods that start from the base's weights, away from where the method starts.
 """
 
 from __future__ import annotations

@@ -61,7 +61,10 @@ class SWA:
         if tail.due(progress, self.start, self.snapshots, self.by_epoch):
             n = state.count[0].item() + 1
             state = SWAState(
-                {k: v.double() + (theta[k].detach().double() - v.double()) / n for k, v in state.average.items()},
+                {
+                    k: v.double() + (theta[k].detach().double() - v.double()) / n
+                    for k, v in state.average.items()
+                },
                 state.count + 1,
             )
         if progress.done:

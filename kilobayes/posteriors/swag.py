@@ -1,16 +1,21 @@
-r"""Stochastic weight averaging, Gaussian (SWAG): Maddox et al., arXiv:1902.02476; on LoRA: Onal et al., arXiv:2405.03425.
+r"""Stochastic weight averaging, Gaussian (SWAG): Maddox et al., arXiv:1902.02476.
+
+On LoRA: Onal et al., arXiv:2405.03425.
 
 Over n snapshots of the tail of training, at a held learning rate:
 
-.. math:: \bar\theta = \tfrac1n \sum \theta_i, \qquad \Sigma_d = \operatorname{diag}(\tfrac1n \sum (\theta_i - \bar\theta)^2)
-.. math:: D = [\theta_i - \bar\theta_i]_{\text{last } K}, \qquad
-          \tilde\theta = \bar\theta + \sqrt{c}\,\bigl(\tfrac{1}{\sqrt2} \Sigma_d^{1/2} z_1 + \tfrac{1}{\sqrt{2 (K-1)}} D z_2\bigr)
+.. math:: \bar\theta = \tfrac1n \sum \theta_i, \qquad
+          \Sigma_d = \operatorname{diag}(\tfrac1n \sum (\theta_i - \bar\theta)^2), \qquad
+          D = [\theta_i - \bar\theta_i]_{\text{last } K}
+.. math:: \tilde\theta = \bar\theta
+          + \sqrt{c}\,\bigl(\tfrac{1}{\sqrt2} \Sigma_d^{1/2} z_1 + \tfrac{1}{\sqrt{2 (K-1)}} D z_2\bigr)
 
-with theta-bar_i the running mean after snapshot i. ``rank=0`` is SWAG-diagonal, theta-bar + sqrt(c) Sigma_d^{1/2} z.
+with theta-bar_i the running mean after snapshot i. ``rank=0`` is SWAG-diagonal: theta-bar + sqrt(c)
+Sigma_d^{1/2} z, with the whole variance.
 ``c = 1`` is the original's covariance; the published LoRA code doubles it.
 
-Departures: moments by Welford's update in float64 instead of E[theta^2] - mean^2, which cancels; K is the number of
-deviations held, never more than there are snapshots.
+Departures: moments by Welford's update in float64 instead of E[theta^2] - mean^2, which cancels; K is the
+number of deviations held, never more than there are snapshots.
 """
 
 from __future__ import annotations
@@ -74,7 +79,9 @@ class SWAG:
     def init(self, theta: Params, gen: torch.Generator) -> SWAGState:
         zeros = map_params(torch.zeros_like, clone(theta))
         none = map_params(lambda t: t[:, None][:, :0].clone(), clone(theta))
-        return SWAGState(clone(theta), zeros, none, torch.zeros(size(theta), device=zeros[next(iter(zeros))].device))
+        return SWAGState(
+            clone(theta), zeros, none, torch.zeros(size(theta), device=zeros[next(iter(zeros))].device)
+        )
 
     def rate(self, progress: Progress, own: Callable[[int], float]) -> float:
         return tail.rate(progress, own, self.start, self.rate_held, self.anneal)
@@ -115,7 +122,9 @@ class SWAG:
         z2 = torch.randn(n, columns, generator=gen)  # on the CPU, so draws do not depend on the device
         theta: Params = {}
         for key, average in sorted(state.average.items()):  # files sort keys; draws must not depend on it
-            variance = state.squares[key][who] / state.count[who].clamp(min=1).view(-1, *[1] * (average.dim() - 1))
+            variance = state.squares[key][who] / state.count[who].clamp(min=1).view(
+                -1, *[1] * (average.dim() - 1)
+            )
             z1 = torch.randn(variance.shape, generator=gen).to(variance)
             step = shrink * variance.clamp(min=0).sqrt() * z1
             if columns > 1:

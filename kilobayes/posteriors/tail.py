@@ -20,7 +20,9 @@ def check(start: float, snapshots: int, rate_held: float, anneal: float) -> None
     if not 0.0 < rate_held < float("inf"):
         raise ValueError(f"rate_held must be above 0, found {rate_held}")
     if not 0.0 <= anneal <= 1.0 - start + 1e-9:  # 1 - 0.9 is a little less than 0.1
-        raise ValueError(f"anneal is a fraction of training, at most 1 - start = {1 - start:g}, found {anneal}")
+        raise ValueError(
+            f"anneal is a fraction of training, at most 1 - start = {1 - start:g}, found {anneal}"
+        )
 
 
 def first(steps: int, start: float) -> int:
@@ -29,7 +31,7 @@ def first(steps: int, start: float) -> int:
 
 
 def due(progress: Progress, start: float, snapshots: int, by_epoch: bool) -> bool:
-    """Whether to collect after this step: evenly over the tail, its last step included, or at its epochs' ends.
+    """Whether to collect after this step: evenly over the tail, last step included, or at its epochs' ends.
 
     A tail of fewer steps than ``snapshots`` gives one snapshot a step.
     """
@@ -43,7 +45,7 @@ def due(progress: Progress, start: float, snapshots: int, by_epoch: bool) -> boo
 
 
 def rate(progress: Progress, own: Callable[[int], float], start: float, held: float, anneal: float) -> float:
-    """The loop's own rate until ``start``, then linearly over ``anneal`` (or at once) to ``held``, kept to the end.
+    """The loop's own rate until ``start``, then linearly over ``anneal`` (or at once) to ``held``.
 
     Args:
         progress: of the step to come.

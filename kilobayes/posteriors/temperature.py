@@ -3,8 +3,8 @@ r"""Temperature scaling, Guo et al., arXiv:1706.04599: the baseline that every p
 .. math:: p(y \mid x) = \frac1S \sum_s \operatorname{softmax}(f_s(x) / T)_y, \qquad
           T = \arg\min_T \sum_{i \in \text{calibration}} -\log p(y_i \mid x_i)
 
-For a point S = 1, the original. Over a posterior the scores of each sample are divided before the probabilities are
-averaged.
+For a point S = 1, the original. Over a posterior the scores of each sample are divided before the
+probabilities are averaged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The conformance kit: what every adapter and posterior must do, for tests of one's own methods.
 
-``check_adapter(MyAdapter())`` and ``check_posterior(MyPosterior())`` raise AssertionError with what is wrong; they run on
-a tiny random BERT and synthetic rows, in about a second. ``check_pair`` trains the two together.
+``check_adapter(MyAdapter())`` and ``check_posterior(MyPosterior())`` raise AssertionError with what is
+wrong; they run on a tiny random BERT and synthetic rows, in about a second. ``check_pair`` trains the two
+together.
 """
 
 from kilobayes.testing.adapters import check_adapter

@@ -12,12 +12,21 @@ from peft import PeftModel
 from kilobayes import host, spec, tree
 from kilobayes.catalog import catalog
 from kilobayes.random import Streams, generator
-from kilobayes.testing.tiny import TinyRows, close, expect, perturbed, scores, tiny_base, tiny_model, tiny_start
+from kilobayes.testing.tiny import (
+    TinyRows,
+    close,
+    expect,
+    perturbed,
+    scores,
+    tiny_base,
+    tiny_model,
+    tiny_start,
+)
 from kilobayes.types import Adapter, Params
 
 
 def check_configuration(method: Any, kind: str) -> None:
-    """A frozen dataclass whose values make the same object again; by its specification too, if it is one of ours."""
+    """A frozen dataclass equal to its copy, and to what its specification is read as if it is ours."""
     name = type(method).__name__
     expect(dataclasses.is_dataclass(method), f"{name} is not a dataclass")
     expect(type(method).__dataclass_params__.frozen, f"{name} is not frozen")  # type: ignore[attr-defined]
@@ -43,7 +52,9 @@ def check_adapter(adapter: Adapter, stack: int = 3) -> None:
         expect(tree.split_key(key)[0] in places, f"leaf {key} belongs to no site")
         expect(bool(torch.isfinite(value).all()), f"leaf {key} starts with a NaN or an infinity")
     for key, value in theta.items():
-        expect(value.shape[0] == stack, f"leaf {key} {tuple(value.shape)} has no leading axis of {stack} members")
+        expect(
+            value.shape[0] == stack, f"leaf {key} {tuple(value.shape)} has no leading axis of {stack} members"
+        )
         expect(value.dtype == torch.float32, f"leaf {key} starts as {value.dtype}, not float32")
     for index, seed in enumerate(seeds):
         alone, _ = host.initial(adapter, sites, [seed])
@@ -64,7 +75,9 @@ def _check_forward(adapter: Adapter, model: PeftModel, rows: TinyRows, theta: Pa
     with torch.no_grad():
         for index in range(tree.size(theta)):
             alone = scores(model, tree.member(leaves, index), rows)[0]
-            expect(close(together[index], alone), f"member {index} in a stack differs from the same member alone")
+            expect(
+                close(together[index], alone), f"member {index} in a stack differs from the same member alone"
+            )
     together.square().sum().backward()
     for key, leaf in leaves.items():
         gradient = leaf.grad
@@ -84,7 +97,9 @@ def _check_forward(adapter: Adapter, model: PeftModel, rows: TinyRows, theta: Pa
         half = tiny_model(adapter, base=tiny_base().to(torch.bfloat16))
         out = scores(half, one, rows)
         expect(out.dtype == torch.bfloat16, f"on a bfloat16 base the scores are {out.dtype}")
-        expect(all(v.dtype == torch.float32 for v in one.values()), "a bfloat16 base changed the leaves' dtype")
+        expect(
+            all(v.dtype == torch.float32 for v in one.values()), "a bfloat16 base changed the leaves' dtype"
+        )
 
 
 def check_merge(model: PeftModel, theta: Params, rows: TinyRows) -> None:
@@ -97,7 +112,9 @@ def check_merge(model: PeftModel, theta: Params, rows: TinyRows) -> None:
         merged = model(**inputs).logits
     finally:
         model.unmerge_adapter()  # type: ignore[operator]
-    expect(close(merged[None], beside, 1e-4), "merged weights give other scores than the adapter beside the base")
+    expect(
+        close(merged[None], beside, 1e-4), "merged weights give other scores than the adapter beside the base"
+    )
 
 
 def check_reload(model: PeftModel, theta: Params) -> None:
@@ -117,6 +134,7 @@ def _check_dropout(adapter: Any, theta: Params) -> None:
         for index in range(stack):
             alone = adapter.drop(tree.member(theta, index), Streams([generator(3, index)]))
             expect(
-                not tree.first_difference(alone, tree.member(together, index)), "dropout depends on other members"
+                not tree.first_difference(alone, tree.member(together, index)),
+                "dropout depends on other members",
             )
         expect(bool(tree.first_difference(together, theta)), "dropout drops nothing")

@@ -61,11 +61,17 @@ def observed(posterior: Posterior, trajectory: list[Params]) -> Any:
         for key, value in theta.items():
             value.copy_(weights[key])
         state = posterior.observe(state, theta, Progress(step, steps, max(1, steps // 3), 40))
-        expect(not tree.first_difference(kept, tree.flatten_state(before)), "observe changed the state it was given")
+        expect(
+            not tree.first_difference(kept, tree.flatten_state(before)),
+            "observe changed the state it was given",
+        )
     kept = flat_copy(state)
     for value in theta.values():
         value.fill_(float("nan"))
-    expect(not tree.first_difference(kept, tree.flatten_state(state)), "the state shares memory with the live weights")
+    expect(
+        not tree.first_difference(kept, tree.flatten_state(state)),
+        "the state shares memory with the live weights",
+    )
     return state
 
 
@@ -96,7 +102,9 @@ def check_posterior(posterior: Posterior) -> None:
     _check_members(posterior, state, seeds)
     if not hasattr(posterior, "base"):  # an ensemble's members share the draws of what is fitted afterwards
         alone = [observed(posterior, walk([seed])) for seed in (20, 21)]
-        odd = tree.first_difference(flat_copy(tree.concatenate_states(alone)), flat_copy(observed(posterior, walk([20, 21]))))
+        odd = tree.first_difference(
+            flat_copy(tree.concatenate_states(alone)), flat_copy(observed(posterior, walk([20, 21])))
+        )
         expect(not odd, f"{odd} of a member depends on the other members")
     state = ask.fit(posterior, state, energy, generator(2))
     _check_members(posterior, state, seeds)
@@ -104,7 +112,10 @@ def check_posterior(posterior: Posterior) -> None:
     theta = posterior.sample(state, members + 2, generator(3))
     logits = energy.logits(theta)
     out = ask.transform(posterior, state, logits)
-    expect(out.shape == logits.shape and out.dtype == logits.dtype, "transform changes the shape or dtype of scores")
+    expect(
+        out.shape == logits.shape and out.dtype == logits.dtype,
+        "transform changes the shape or dtype of scores",
+    )
     expect(bool(torch.isfinite(out).all()), "transform gives scores that are not finite")
     _check_objective(posterior, trajectory[0], energy)
 
@@ -112,7 +123,10 @@ def check_posterior(posterior: Posterior) -> None:
 def _check_members(posterior: Posterior, state: Any, seeds: list[int]) -> None:
     tensors = tree.flatten_state(state)
     for name, value in tensors.items():
-        expect(value.shape[0] == len(seeds), f"{name} {tuple(value.shape)} has no leading axis of {len(seeds)} members")
+        expect(
+            value.shape[0] == len(seeds),
+            f"{name} {tuple(value.shape)} has no leading axis of {len(seeds)} members",
+        )
     parts = [tree.state_member(state, index) for index in range(len(seeds))]
     odd = tree.first_difference(tree.flatten_state(tree.concatenate_states(parts)), tensors)
     expect(not odd, f"{odd} differs after taking the members apart and joining them")
@@ -121,7 +135,7 @@ def _check_members(posterior: Posterior, state: Any, seeds: list[int]) -> None:
 
 
 def check_draws(posterior: Posterior, state: Any) -> None:
-    """Draws have the mean's shapes and dtypes, repeat, survive a file, and are as many as ``support`` says."""
+    """Draws have the mean's shapes and dtypes, repeat, survive a file, and are as many as ``support``."""
     mean = posterior.mean(state)
     members, support = tree.size(mean), posterior.support(state)
     back = stored(posterior, state)
@@ -129,11 +143,23 @@ def check_draws(posterior: Posterior, state: Any) -> None:
         draws = posterior.sample(state, count, generator(4))
         expect(set(draws) == set(mean), "draws have other leaves than the mean")
         for key, value in draws.items():
-            expect(value.shape == (count, *mean[key].shape[1:]), f"{count} draws of {key} are {tuple(value.shape)}")
-            expect(value.dtype == mean[key].dtype, f"draws of {key} are {value.dtype}, the mean {mean[key].dtype}")
+            expect(
+                value.shape == (count, *mean[key].shape[1:]),
+                f"{count} draws of {key} are {tuple(value.shape)}",
+            )
+            expect(
+                value.dtype == mean[key].dtype,
+                f"draws of {key} are {value.dtype}, the mean {mean[key].dtype}",
+            )
             expect(bool(torch.isfinite(value).all()), f"draws of {key} are not finite")
-        expect(not tree.first_difference(draws, posterior.sample(state, count, generator(4))), "draws do not repeat")
-        expect(not tree.first_difference(draws, posterior.sample(back, count, generator(4))), "draws change in a file")
+        expect(
+            not tree.first_difference(draws, posterior.sample(state, count, generator(4))),
+            "draws do not repeat",
+        )
+        expect(
+            not tree.first_difference(draws, posterior.sample(back, count, generator(4))),
+            "draws change in a file",
+        )
     count = 3 * members
     distinct = len(tree.flat(posterior.sample(state, count, generator(5))).unique(dim=0))
     expected = count if support is None else support
@@ -152,24 +178,32 @@ def _check_objective(posterior: Posterior, theta: Params, energy: ToyEnergy) -> 
 
     state = posterior.init(leaves, generator(1))
     loss = ask.objective(posterior, state, leaves, loss_of, streams, Progress(1, STEPS, 4, 40))
-    expect(loss.shape == (members,), f"the objective is {tuple(loss.shape)}, not one number for each of {members} members")
+    expect(
+        loss.shape == (members,),
+        f"the objective is {tuple(loss.shape)}, not one number for each of {members} members",
+    )
     expect(bool(torch.isfinite(loss).all()), "the objective is not finite")
     loss[0].backward()
     for key, leaf in leaves.items():
         expect(leaf.grad is not None and bool(leaf.grad[0].any()), f"the objective has no gradient in {key}")
         assert leaf.grad is not None
-        expect(not bool(leaf.grad[1:].any()), f"the first member's objective has a gradient in other members' {key}")
+        expect(
+            not bool(leaf.grad[1:].any()),
+            f"the first member's objective has a gradient in other members' {key}",
+        )
 
 
 def check_pair(adapter: Adapter, posterior: Posterior, epochs: int = 6, lr: float = 2e-2) -> None:
-    """An adapter trained under a posterior: the loss falls, and what was fitted predicts the same in every way.
+    """An adapter trained under a posterior: the loss falls, and what was fitted predicts alike in every way.
 
     Raises:
         AssertionError: what happens instead.
     """
     rows, seeds = TinyRows.make(), list(range(30, 30 + ask.members(posterior)))
     model = tiny_model(adapter)
-    settings = train.Settings(lr=lr, epochs=epochs, batch_size=8, seeds=tuple(seeds), optimiser=AdamW(clip=1.0))
+    settings = train.Settings(
+        lr=lr, epochs=epochs, batch_size=8, seeds=tuple(seeds), optimiser=AdamW(clip=1.0)
+    )
     trained = train.fit(model, rows, nll, posterior, tiny_start(model, seeds), settings)
     expect(not trained.diverged, f"members {trained.diverged} diverged at lr={lr}")
     first, last = trained.losses[:6].mean(0), trained.losses[-6:].mean(0)

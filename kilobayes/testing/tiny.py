@@ -34,7 +34,7 @@ def tiny_base(seed: int = 0, layers: int = 2, width: int = 32) -> nn.Module:
     """A random BERT classifier with weights large enough for its attention to depend on the text."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(
+    config: Any = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=width,
         num_hidden_layers=layers,
@@ -42,8 +42,8 @@ def tiny_base(seed: int = 0, layers: int = 2, width: int = 32) -> nn.Module:
         intermediate_size=2 * width,
         max_position_embeddings=32,
         initializer_range=0.2,
-        num_labels=CLASSES,
     )
+    config.num_labels = CLASSES
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         return BertForSequenceClassification(config).eval()
@@ -51,8 +51,13 @@ def tiny_base(seed: int = 0, layers: int = 2, width: int = 32) -> nn.Module:
 
 def tiny_model(adapter: Adapter, stack: int = 1, base: nn.Module | None = None) -> PeftModel:
     """A tiny BERT with the adapter on its attention and feed-forward layers, and a trained head."""
-    config = host.KilobayesConfig(adapter=adapter, stack=stack, target_modules=TARGETS, task_type="SEQ_CLS")
-    config.exclude_modules = {"pooler.dense"}
+    config = host.KilobayesConfig(
+        adapter=adapter,
+        stack=stack,
+        target_modules=TARGETS,
+        exclude_modules=["pooler.dense"],
+        task_type="SEQ_CLS",
+    )
     return get_peft_model(tiny_base() if base is None else base, config)  # type: ignore[arg-type, return-value]
 
 
@@ -74,7 +79,7 @@ def perturbed(theta: Params, seed: int = 1, size: float = 0.1) -> Params:
 
 @dataclass(frozen=True, eq=False)
 class TinyRows:
-    """Token rows of different lengths whose label is told by one of their tokens; token frequencies follow Zipf."""
+    """Token rows of different lengths, frequencies as Zipf's, whose label is told by one of their tokens."""
 
     ids: list[list[int]]
     labels: Tensor

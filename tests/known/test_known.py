@@ -1,7 +1,8 @@
-"""Posteriors with a closed form, through the real loop and a hosted model: a trained linear head on given features.
+"""Posteriors with a closed form, through the real loop: a hosted linear model of given features.
 
-The model is odd but real: a linear map that carries the adapter and whose output counts nothing, and a linear head that
-is trained whole. So the head's training is a multinomial logistic regression, and scores are linear in its weights.
+The model is odd but real: a linear map that carries the adapter and whose output counts nothing, and a linear
+head that is trained whole. So the head's training is a multinomial logistic regression, and scores are linear
+in its weights.
 """
 
 from __future__ import annotations
@@ -76,16 +77,22 @@ def test_map_is_the_penalised_logistic_regression(precision: float) -> None:
     _, start, trained = fit(Point(precision))
     data = Data()
     x, y = data.x.double().numpy(), data.labels.numpy()
-    center = np.concatenate([start["head/weight"][0].double().numpy(), start["head/bias"][0].double().numpy()[:, None]], 1)
+    center = np.concatenate(
+        [start["head/weight"][0].double().numpy(), start["head/bias"][0].double().numpy()[:, None]], 1
+    )
 
     def objective(flat: np.ndarray) -> float:
         w = flat.reshape(center.shape)
         scores = log_softmax(x @ w[:, :-1].T + w[:, -1], axis=1)
         return float(-scores[np.arange(ROWS), y].mean() + precision / (2 * ROWS) * ((w - center) ** 2).sum())
 
-    best = minimize(objective, np.zeros(center.size), method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-9})
+    best = minimize(
+        objective, np.zeros(center.size), method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-9}
+    )
     expected = best.x.reshape(center.shape)
-    found = torch.cat([trained.state.theta["head/weight"][0], trained.state.theta["head/bias"][0][:, None]], 1)
+    found = torch.cat(
+        [trained.state.theta["head/weight"][0], trained.state.theta["head/bias"][0][:, None]], 1
+    )
     np.testing.assert_allclose(found.numpy(), expected, atol=2e-4)
     assert np.abs(expected - center).max() > 0.3
     # what the likelihood does not reach stays where the prior is centred
@@ -127,7 +134,9 @@ def test_swag_moments_of_a_real_trajectory() -> None:
     assert snapshots.shape[0] == 12
     assert state.count.tolist() == [12.0, 12.0]
     np.testing.assert_allclose(tree.flat(state.average).numpy(), snapshots.mean(axis=0), rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(tree.flat(state.squares).numpy() / 12, snapshots.var(axis=0), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        tree.flat(state.squares).numpy() / 12, snapshots.var(axis=0), rtol=1e-6, atol=1e-9
+    )
     running = np.cumsum(snapshots, axis=0) / np.arange(1, 13)[:, None, None]
     held = (snapshots - running)[-5:]
     kept = torch.cat([v.flatten(2) for v in state.deviations.values()], dim=2)
@@ -142,7 +151,9 @@ def test_scores_of_swag_have_the_gaussian_moments() -> None:
     x = torch.tensor([[1.0, -2.0, 0.5, 3.0]])
     with torch.no_grad():
         host.install(model, host.build(model, theta))
-        found = model(x=x.repeat(2 * count, 1)).logits.double().numpy()  # block s of the rows goes to member s
+        found = (
+            model(x=x.repeat(2 * count, 1)).logits.double().numpy()
+        )  # block s of the rows goes to member s
         host.install(model, None)
     like = tree.member(theta, 0)
     design = []

@@ -29,7 +29,9 @@ def test_averaged_probabilities_are_never_worse_than_the_average_member() -> Non
     assert (mixture <= each + 1e-12).all()
 
 
-@pytest.mark.parametrize(("n", "counts"), [(2, [1, 1, 0]), (3, [1, 1, 1]), (7, [3, 2, 2]), (30, [10, 10, 10])])
+@pytest.mark.parametrize(
+    ("n", "counts"), [(2, [1, 1, 0]), (3, [1, 1, 1]), (7, [3, 2, 2]), (30, [10, 10, 10])]
+)
 def test_members_are_drawn_equally_often(n: int, counts: list[int]) -> None:
     method = Ensemble(Point(), members=3)
     state = method.init({"s/x": torch.arange(3.0)[:, None]}, generator(1))
@@ -40,7 +42,9 @@ def test_members_are_drawn_equally_often(n: int, counts: list[int]) -> None:
 def test_draws_of_multiswag_stay_with_their_member() -> None:
     method = Ensemble(SWAG(rank=2, start=0.0, snapshots=9), members=2)
     steps = walk([1, 2], 5)
-    trajectory = [{k: v + 1000 * torch.arange(2.0).view(2, *[1] * (v.dim() - 1)) for k, v in t.items()} for t in steps]
+    trajectory = [
+        {k: v + 1000 * torch.arange(2.0).view(2, *[1] * (v.dim() - 1)) for k, v in t.items()} for t in steps
+    ]
     drawn = tree.flat(method.sample(observed(method, trajectory), 9, generator(1)))
     assert (drawn[:5].abs() < 100).all()
     assert ((drawn[5:] - 1000).abs() < 100).all()

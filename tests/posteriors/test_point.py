@@ -36,7 +36,9 @@ def test_map_is_the_closed_form_with_its_gradient() -> None:
     state = method.init(center, GEN)
     loss = method.objective(state, theta, quadratic, STREAMS, PROGRESS)
     for member in range(2):
-        squares = sum(float((theta[k][member] - center[k][member]).detach().double().square().sum()) for k in theta)
+        squares = sum(
+            float((theta[k][member] - center[k][member]).detach().double().square().sum()) for k in theta
+        )
         expected = float(quadratic(theta)[member].detach().mean()) + 2.5 / (2 * 37) * squares
         assert float(loss[member].detach()) == pytest.approx(expected, rel=1e-6)
     loss.sum().backward()

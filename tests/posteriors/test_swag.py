@@ -69,7 +69,9 @@ def test_three_scalar_snapshots() -> None:
     assert_moments(draws(method, state, 40_000), np.array([1.0]), covariance)
 
 
-@pytest.mark.parametrize(("rank", "scale", "steps"), [(4, 1.0, 9), (20, 0.5, 6), (2, 2.0, 12), (0, 1.0, 7), (0, 0.3, 5)])
+@pytest.mark.parametrize(
+    ("rank", "scale", "steps"), [(4, 1.0, 9), (20, 0.5, 6), (2, 2.0, 12), (0, 1.0, 7), (0, 0.3, 5)]
+)
 def test_draws_have_the_closed_form_moments_of_their_member(rank: int, scale: float, steps: int) -> None:
     method, trajectory, count = everything(rank, scale), wander(steps), 60_000
     state = collect(method, trajectory)
@@ -80,11 +82,13 @@ def test_draws_have_the_closed_form_moments_of_their_member(rank: int, scale: fl
         assert_moments(found[member * count : (member + 1) * count], mean, scale * covariance)
     if rank:
         cross = closed_form(snapshots[:, 0], rank)[1][:6, 6:]
-        assert np.abs(cross).max() > 0.1  # leaves are correlated here, or the test would not see a lost correlation
+        assert (
+            np.abs(cross).max() > 0.1
+        )  # leaves are correlated here, or the test would not see a lost correlation
 
 
 def test_a_walk_around_a_known_gaussian() -> None:
-    """Independent snapshots from N(mu, Sigma): the diagonal's part is half of Sigma's diagonal, for many of them."""
+    """Independent snapshots from N(mu, Sigma): many of them show Sigma's own diagonal."""
     n = 5000
     gen = generator(8)
     factor = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
@@ -138,7 +142,9 @@ def test_swa_is_the_mean_and_scale_zero_is_swa_bit_for_bit() -> None:
     assert [s for s in range(1, 10) if s > 4 and (s - 4) * 3 // 5 > (s - 5) * 3 // 5] == [6, 8, 9]
     torch.testing.assert_close(tree.flat(average.average), rows.mean(dim=0).float(), rtol=1e-7, atol=1e-8)
     assert swag.support(gaussian) == swa.support(average) == 3
-    assert not tree.first_difference(swag.sample(gaussian, 7, generator(2)), swa.sample(average, 7, generator(3)))
+    assert not tree.first_difference(
+        swag.sample(gaussian, 7, generator(2)), swa.sample(average, 7, generator(3))
+    )
     assert not tree.first_difference(swag.mean(gaussian), swa.mean(average))
 
 
@@ -171,7 +177,8 @@ def test_members_do_not_mix() -> None:
 def test_draws_are_independent_of_the_order_of_keys() -> None:
     state = collect(everything(rank=3), wander(6))
     turned = SWAGState(
-        *({k: getattr(state, f)[k] for k in ("s/B", "s/A")} for f in ("average", "squares", "deviations")), state.count
+        *({k: getattr(state, f)[k] for k in ("s/B", "s/A")} for f in ("average", "squares", "deviations")),
+        state.count,
     )
     a, b = (everything(rank=3).sample(s, 4, generator(1)) for s in (state, turned))
     assert not tree.first_difference(a, b)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from kilobayes.optim import linear
@@ -20,7 +22,7 @@ def test_as_many_as_asked_evenly_and_the_last_step(steps: int, start: float, sna
     assert len(due) == min(snapshots, length) >= 1
     assert due[-1] == steps
     assert min(due) > min(round(start * steps), steps - 1)
-    gaps = {b - a for a, b in zip(due, due[1:])}
+    gaps = {b - a for a, b in itertools.pairwise(due)}
     assert max(gaps, default=0) - min(gaps, default=0) <= 1
 
 

@@ -16,7 +16,9 @@ from kilobayes.testing.posteriors import observed
 from kilobayes.types import Params
 
 
-def simulated(rows: int, true: float, seed: int, members: int = 1, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+def simulated(
+    rows: int, true: float, seed: int, members: int = 1, noise: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Scores ``(S, N, 4)`` and labels drawn from softmax(scores of the first / true)."""
     gen = generator(seed)
     logits = 2 * torch.randn(rows, 4, generator=gen, dtype=torch.float64)
@@ -128,10 +130,14 @@ def test_nested_temperatures_multiply() -> None:
     state = method.fit(method.init(theta, generator(1)), some, generator(1))
     inner: object = state.inner
     assert isinstance(inner, TemperatureState)
-    assert float(inner.temperature) == pytest.approx(best_temperature(some.logits(theta).double(), some.labels), rel=1e-6)
+    assert float(inner.temperature) == pytest.approx(
+        best_temperature(some.logits(theta).double(), some.labels), rel=1e-6
+    )
     assert float(state.temperature) == pytest.approx(1.0, abs=1e-4)
     logits = torch.ones(1, 2, 3)
-    torch.testing.assert_close(method.transform(state, logits), logits / inner.temperature / state.temperature)
+    torch.testing.assert_close(
+        method.transform(state, logits), logits / inner.temperature / state.temperature
+    )
 
 
 def test_who_needs_calibration_rows() -> None:

@@ -1,6 +1,7 @@
 """Trains in child processes that kill themselves without warning at chosen moments, resumes, and compares.
 
-Prints one JSON object: scenario -> "" where the resumed run equals an uninterrupted one bit for bit, else what differs.
+Prints one JSON object: scenario -> "" where the resumed run equals an uninterrupted one bit for bit, else
+what differs.
 """
 
 from __future__ import annotations
@@ -75,14 +76,20 @@ def rename_and_die(source: Path, target: Path) -> None:
 save, rename, flush = checkpoint.save_file, os.replace, os.fsync
 
 
-def run(text: str, path: Path | None, resume: bool = False, deadly: bool = False, watch: Any = None) -> train.Trained:
+def run(
+    text: str, path: Path | None, resume: bool = False, deadly: bool = False, watch: Any = None
+) -> train.Trained:
     posterior = spec.posterior(text)
     seeds = list(range(4, 4 + ask.members(posterior)))
     model = tiny_model(LoRA(r=2, dropout=0.2))
     made = TinyRows.make(21, seed=2)
     rows = (Deadly if deadly else Rows)(made.ids, made.labels)
     settings = train.Settings(lr=0.01, epochs=3, batch_size=8, seeds=tuple(seeds), accumulate=2)
-    keep = None if path is None else checkpoint.Checkpoint(path, {"posterior": text}, resume=resume, seconds=-1.0)
+    keep = (
+        None
+        if path is None
+        else checkpoint.Checkpoint(path, {"posterior": text}, resume=resume, seconds=-1.0)
+    )
     return train.fit(model, rows, nll, posterior, tiny_start(model, seeds), settings, save=keep, watch=watch)
 
 

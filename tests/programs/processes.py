@@ -21,8 +21,10 @@ from kilobayes.testing.tiny import TinyRows, nll, tiny_model, tiny_start
 torch.set_num_threads(1)
 
 
-def run(posterior: Any, *, save: Checkpoint | None = None, watch: Any = None, **changes: Any) -> train.Trained:
-    """Batches of 7, of which the last of an epoch has one row: no two processes have as many, and some have none."""
+def run(
+    posterior: Any, *, save: Checkpoint | None = None, watch: Any = None, **changes: Any
+) -> train.Trained:
+    """Batches of 7, the last of an epoch one row: processes have different shares, some none."""
     model, rows = tiny_model(LoRA(r=2, dropout=0.2)), TinyRows.make(22, seed=2)
     settings = train.Settings(lr=0.01, epochs=2, batch_size=7, seeds=(4, 5), accumulate=2, **changes)
     return train.fit(model, rows, nll, posterior, tiny_start(model, [4, 5]), settings, save=save, watch=watch)
@@ -45,7 +47,11 @@ def main(folder: Path) -> None:
     late = run(SWA(start=0.1, snapshots=9), watch=watch, max_seconds=10.0)
     tensors = {f"done|{k}": v for k, v in tree.flatten_state(done.state).items()}
     tensors |= {f"late|{k}": v for k, v in tree.flatten_state(late.state).items()}
-    tensors |= {"losses": done.losses, "late-losses": late.losses, "processes": torch.tensor(process.num_processes)}
+    tensors |= {
+        "losses": done.losses,
+        "late-losses": late.losses,
+        "processes": torch.tensor(process.num_processes),
+    }
     save_file(tensors, folder / f"process-{process.process_index}.safetensors")
     process.destroy_process_group()
 
