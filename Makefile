@@ -63,8 +63,8 @@ $(VENV)/demo.stamp: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
-	$(PIP_INSTALL) '.[demo,test,conformal,trl,quantised]'
-	@touch $@ $(VENV)/demo.stamp
+	$(PIP_INSTALL) '.[demo,test,conformal,trl,quantised,docs]'
+	@touch $@ $(VENV)/demo.stamp $(VENV)/docs.stamp
 
 $(VENV)/docs.stamp: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	$(PIP_INSTALL) '.[demo,docs]'
