@@ -5,7 +5,9 @@ Importing it registers the method with PEFT, so ``PeftModel.from_pretrained`` re
 
 from __future__ import annotations
 
+from kilobayes.host.adopt import adopt
 from kilobayes.host.config import KilobayesConfig
+from kilobayes.host.export import export_lora, export_merged
 from kilobayes.host.packing import packed
 from kilobayes.host.pairing import check_rows, outer, read_token
 from kilobayes.host.stack import (
@@ -34,10 +36,13 @@ __all__ = [
     "KilobayesConfig",
     "KilobayesModel",
     "active",
+    "adopt",
     "base_of",
     "build",
     "check_rows",
     "detach",
+    "export_lora",
+    "export_merged",
     "heads",
     "initial",
     "install",

@@ -1,4 +1,4 @@
-"""The configuration of the one PEFT method that hosts every adapter, and its place in PEFT's list of methods."""
+"""The configuration of the one PEFT method that hosts every adapter, and its place among PEFT's methods."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ NAME = "KILOBAYES"
 def _add_member() -> PeftType:
     """Our member of PEFT's enumeration of methods, which has no public door for others.
 
-    PEFT and transformers read ``peft_type.value``, so a plain string would not do. The prefix of parameters must be
-    the name in lower case and an underscore: transformers rebuilds it that way.
+    PEFT and transformers read ``peft_type.value``, so a plain string would not do. The prefix of parameters
+    must be the name in lower case and an underscore: transformers rebuilds it that way.
     """
     if NAME in PeftType.__members__:
         return PeftType[NAME]
@@ -37,16 +37,19 @@ KILOBAYES = _add_member()
 
 @dataclass
 class KilobayesConfig(PeftConfig):
-    """PEFT configuration of a kilobayes adapter: ``get_peft_model(model, KilobayesConfig(adapter=LoRA(r=8)))``.
+    """PEFT configuration of an adapter: ``get_peft_model(model, KilobayesConfig(adapter=LoRA(r=8)))``.
 
     Args:
-        adapter: an adapter or its specification; kept as text, since PEFT writes it to ``adapter_config.json``.
-        stack: S, how many adapters share the base. With S > 1 block s of the rows goes to member s, so the rows of a
-            batch must divide by S; :func:`kilobayes.host.outer` shows every row to every member instead.
-        target_modules: names or a regular expression of the modules to adapt, ``"all-linear"``, or None for PEFT's
-            default of the architecture.
+        adapter: an adapter or its specification; kept as text, since PEFT writes it to
+            ``adapter_config.json``.
+        stack: S, how many adapters share the base. With S > 1 block s of the rows goes to member s, so the
+            rows of a batch must divide by S; :func:`kilobayes.host.outer` shows every row to every member
+            instead.
+        target_modules: names or a regular expression of the modules to adapt, ``"all-linear"``, or None for
+            PEFT's default of the architecture.
         exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in PEFT's ``LoraConfig``.
-        bias: "none", "all" or "kilobayes_only": biases of the base to train too, as PEFT does; they have no stack.
+        bias: "none", "all" or "kilobayes_only": biases of the base to train too, as PEFT does; they have no
+            stack.
         init_weights: False draws a random non-zero update, for tests, as PEFT's own methods do.
         seed: member s starts from the numbers of seed + s.
 
@@ -91,7 +94,9 @@ class KilobayesConfig(PeftConfig):
                 "name the layers in the regular expression instead",
             )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise KilobayesError("layers_pattern says where layers_to_transform counts", "layers_to_transform is None")
+            raise KilobayesError(
+                "layers_pattern says where layers_to_transform counts", "layers_to_transform is None"
+            )
 
     @property
     def method(self) -> Adapter:

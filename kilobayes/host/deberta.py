@@ -1,8 +1,9 @@
 """DeBERTa's relative positions under a stack.
 
-DeBERTa-v2 and v3 put one table of relative positions ``(1, 2 k, d)``, which has no rows, through the same query and
-key projections as the hidden states. With a stack each member projects the table its own way, so the bias that the
-table adds to the attention is taken member by member; everything else stays one batched product.
+DeBERTa-v2 and v3 put one table of relative positions ``(1, 2 k, d)``, which has no rows, through the same
+query and key projections as the hidden states. With a stack each member projects the table its own way, so
+the bias that the table adds to the attention is taken member by member; everything else stays one batched
+product.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ METHOD = "disentangled_attention_bias"
 
 
 class PerMember:
-    """Stands in for an attention's ``disentangled_attention_bias``; one member at a time where there are several."""
+    """Stands in for an attention's ``disentangled_attention_bias``, and takes one member at a time."""
 
     def __init__(self, attention: nn.Module) -> None:
         self.attention = attention
 
-    def __call__(self, query: Tensor, key: Tensor, relative_pos: Any, table: Tensor, scale_factor: int) -> Tensor:
-        """Attention scores ``(S B heads, T, T)`` from queries and keys ``(S B heads, T, d)``, grouped by member."""
+    def __call__(
+        self, query: Tensor, key: Tensor, relative_pos: Any, table: Tensor, scale_factor: int
+    ) -> Tensor:
+        """Attention scores ``(S B heads, T, T)`` of queries and keys ``(S B heads, T, d)``, by member."""
         original = getattr(type(self.attention), METHOD)
         adapted = [m for m in self.attention.children() if isinstance(m, KilobayesLayer)]
         stack = max((layer.stack() for layer in adapted), default=1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kilobayes.errors import KilobayesError
+from kilobayes.host.rows import blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +29,15 @@ class Whole:
 class StackedLinear(nn.Module):
     """S linear layers in the place of one; block s of the rows goes to member s.
 
-    Keeps the names ``weight`` and ``bias``, so PEFT saves and loads it like the head it replaces. The numbers may be
-    wider than ``plain_dtype``, that of the layer it replaces: the product is taken in the input's dtype.
+    Keeps the names ``weight`` and ``bias``, so PEFT saves and loads it like the head it replaces. The numbers
+    may be wider than ``plain_dtype``, that of the layer it replaces: the product is taken in the input's
+    dtype.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.plain_dtype = weight.dtype
         self.installed: Whole | None = None
@@ -68,9 +70,13 @@ class StackedLinear(nn.Module):
     def single(self) -> nn.Linear:
         """The plain layer of a stack of one, in the dtype of the layer that was replaced."""
         out = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        out.weight = nn.Parameter(self.weight.detach()[0].to(self.plain_dtype, copy=True), requires_grad=False)
+        out.weight = nn.Parameter(
+            self.weight.detach()[0].to(self.plain_dtype, copy=True), requires_grad=False
+        )
         if self.bias is not None:
-            out.bias = nn.Parameter(self.bias.detach()[0].to(self.plain_dtype, copy=True), requires_grad=False)
+            out.bias = nn.Parameter(
+                self.bias.detach()[0].to(self.plain_dtype, copy=True), requires_grad=False
+            )
         return out
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,12 +90,14 @@ class StackedLinear(nn.Module):
 def unstackable(head: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Parts of a head with parameters of their own that are not linear layers, by path."""
     for path, module in head.named_modules():
-        if type(module) not in (nn.Linear, StackedLinear) and any(True for _ in module.parameters(recurse=False)):
+        if type(module) not in (nn.Linear, StackedLinear) and any(
+            True for _ in module.parameters(recurse=False)
+        ):
             yield path, module
 
 
 def stack_head(parent: nn.ModuleDict, name: str, stack: int) -> None:
-    """Replace every linear layer of the trained head ``parent[name]`` by a stack of copies, trained or not as before."""
+    """Replace every linear layer of the head ``parent[name]`` by copies, trained or not as before."""
     head = parent[name]
     trainable = any(p.requires_grad for p in head.parameters())
     if type(head) is nn.Linear:
@@ -99,18 +107,3 @@ def stack_head(parent: nn.ModuleDict, name: str, stack: int) -> None:
             owner, _, child = path.rpartition(".")
             setattr(head.get_submodule(owner), child, StackedLinear.repeat(module, stack))
     parent[name].requires_grad_(trainable)
-
-
-def blocks(x: Tensor, stack: int) -> Tensor:
-    """Rows ``(S N, ...)`` to ``(S, N, ...)``.
-
-    Raises:
-        KilobayesError: the rows do not divide by the stack.
-    """
-    if x.shape[0] % stack:
-        raise KilobayesError(
-            f"a stack of {stack} members needs a batch of a multiple of {stack} rows: block s goes to member s",
-            f"{x.shape[0]} rows",
-            "`with host.outer(model, stack):` shows every row to every member",
-        )
-    return x.reshape(stack, x.shape[0] // stack, *x.shape[1:])

@@ -14,18 +14,23 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from kilobayes.errors import KilobayesError
-from kilobayes.host.head import blocks
 from kilobayes.host.packing import low_rank_linear, packed_weights
+from kilobayes.host.rows import add, blocks, members
 from kilobayes.types import Adapter, LowRank, Operator, Params, Site, delta, map_tensors
 
 SHARED = "shared_"  # leaves shared by all sites live in the first site's layer under this prefix
 
 
 def adaptable(module: nn.Module, **quantization: Any) -> bool:
-    """Whether a module computes ``W x`` and nothing else can come between: plain, Conv1D or quantised linear."""
-    if isinstance(module, NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention reads its weight, not its forward
+    """Whether a module is a linear layer, plain, Conv1D or quantised, and is called as one."""
+    if isinstance(
+        module, NonDynamicallyQuantizableLinear
+    ):  # nn.MultiheadAttention reads its weight, not its forward
         return False
-    return isinstance(module, nn.Linear | Conv1D) or resolve_quantization_backend(module, **quantization) is not None
+    return (
+        isinstance(module, nn.Linear | Conv1D)
+        or resolve_quantization_backend(module, **quantization) is not None
+    )
 
 
 class KilobayesLayer(nn.Module, BaseTunerLayer):
@@ -71,7 +76,7 @@ class KilobayesLayer(nn.Module, BaseTunerLayer):
         return weight.T if self.conv1d else weight
 
     def fill(self, name: str, method: Adapter, leaves: Params, constants: Params, trainable: bool) -> None:
-        """Give the layer an adapter's leaves; they take the device of the base (or stay on meta) and keep their dtype."""
+        """Give the layer an adapter's leaves: on the base's device (or still on meta), in their own dtype."""
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
 
         def place(t: Tensor) -> Tensor:
@@ -84,7 +89,7 @@ class KilobayesLayer(nn.Module, BaseTunerLayer):
         )
 
     def operator(self, name: str, dropout: bool = False) -> Operator:
-        """The operator of an adapter, built from its leaves; with ``dropout``, one sample of the adapter's own."""
+        """The operator built from an adapter's leaves; with ``dropout``, under a sample of its own."""
         own: Any = self.kilobayes_leaves[name]
         leaves = {k: v for k, v in own.items() if not k.startswith(SHARED)}
         if name in self.shared:
@@ -101,7 +106,9 @@ class KilobayesLayer(nn.Module, BaseTunerLayer):
         if self.installed is not None:
             found = [self.installed]
         else:
-            found = [self.operator(n, self.training) for n in self.active_adapters if n in self.kilobayes_leaves]
+            found = [
+                self.operator(n, self.training) for n in self.active_adapters if n in self.kilobayes_leaves
+            ]
         if self.member is None:
             return found
         one = slice(self.member, self.member + 1)
@@ -166,7 +173,7 @@ class KilobayesLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update of a stack of one, ``(d_out, d_in)``, or ``(d_in, d_out)`` for Conv1D, as PEFT's layers give.
+        """The update of a stack of one: ``(d_out, d_in)``, or ``(d_in, d_out)`` for Conv1D, as in PEFT.
 
         Raises:
             KilobayesError: the stack is larger.
@@ -179,8 +186,11 @@ class KilobayesLayer(nn.Module, BaseTunerLayer):
         operator = self.operator(adapter_name)
         return isinstance(operator, LowRank) and operator.A.shape[0] == 1
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's own also takes the base's dtype, which rounds float32 leaves and constants loaded on a bfloat16 base.
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT's own also takes the base's dtype, which rounds float32 leaves and constants loaded on a
+        # bfloat16 base.
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         if adapter_name in self.kilobayes_leaves and device is not None:
             self.kilobayes_leaves[adapter_name].to(device)
@@ -199,11 +209,6 @@ class KilobayesLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "kilobayes." + super().__repr__()
-
-
-def members(operator: Operator) -> int:
-    """S of an operator: the leading axis of its tensors."""
-    return next(v.shape[0] for v in vars(operator).values() if isinstance(v, Tensor))
 
 
 def require_single(name: str, stack: int) -> None:
@@ -229,16 +234,3 @@ class _Default:
 
     def keep(self, like: Tensor, probability: float) -> Tensor:
         return torch.bernoulli(torch.full_like(like, probability))
-
-
-def add(y: Tensor, x: Tensor, operator: Operator) -> Tensor:
-    """Base output plus the update, block s of the rows through member s; y's dtype is kept."""
-    some = next(v for v in vars(operator).values() if isinstance(v, Tensor))
-    rows = blocks(x, members(operator)).flatten(1, -2)
-    if some.dtype != rows.dtype:  # fp32 factors on a half-precision base: half-precision products, fp32 gradients
-        operator = map_tensors(operator, lambda t: t.to(rows.dtype) if t.is_floating_point() else t)
-    if isinstance(operator, LowRank) and y.dtype == rows.dtype and not torch.is_autocast_enabled(x.device.type):
-        flat = y.reshape(len(rows), -1, y.shape[-1])
-        out = torch.baddbmm(flat, torch.bmm(rows, operator.A.mT), operator.B.mT)
-        return out.reshape(y.shape)
-    return y + operator(rows).reshape(y.shape).to(y.dtype)

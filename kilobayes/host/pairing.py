@@ -1,8 +1,8 @@
 """The ``outer`` pairing: every row to every member, with the deterministic prefix computed once.
 
-Below the first adapted block all members agree, so these blocks see the B rows of the batch; at the first adapted
-block the hidden state is repeated S times, member by member, and the output has S B rows. The ``zip`` pairing needs
-no code: block s of the rows simply goes to member s.
+Below the first adapted block all members agree, so these blocks see the B rows of the batch; at the first
+adapted block the hidden state is repeated S times, member by member, and the output has S B rows. The ``zip``
+pairing needs no code: block s of the rows simply goes to member s.
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ from kilobayes.errors import KilobayesError
 from kilobayes.host.stack import base_of, heads, layers
 
 # Tensors whose first axis is never the batch, though it may have as many entries.
-NOT_ROWS = ("cache_position", "head_mask", "cross_attn_head_mask", "decoder_head_mask", "rel_embeddings", "relative_pos")
+NOT_ROWS = (
+    "cache_position",
+    "head_mask",
+    "cross_attn_head_mask",
+    "decoder_head_mask",
+    "rel_embeddings",
+    "relative_pos",
+)
 
 
 def _map_rows(value: Any, rows: int, fn: Callable[[Tensor], Tensor], least: int = 1) -> Any:
-    """``fn`` of every tensor with ``rows`` rows and at least ``least`` axes; containers likewise, others as they are."""
+    """``fn`` of every tensor, in containers too, that has ``rows`` rows and at least ``least`` axes."""
     if isinstance(value, Tensor):
         return fn(value) if value.dim() >= least and value.shape[0] == rows else value
     if type(value) in (list, tuple):
@@ -32,7 +39,7 @@ def _map_rows(value: Any, rows: int, fn: Callable[[Tensor], Tensor], least: int 
 
 
 def repeat(value: Any, rows: int, stack: int, least: int = 1) -> Any:
-    """Tensors with ``rows`` rows repeated ``stack`` times, member by member; containers likewise, others as they are."""
+    """Every tensor, in containers too, that has ``rows`` rows, repeated member by member."""
 
     def each(t: Tensor) -> Tensor:
         return t.unsqueeze(0).expand(stack, *t.shape).flatten(0, 1)
@@ -43,8 +50,8 @@ def repeat(value: Any, rows: int, stack: int, least: int = 1) -> Any:
 def shared_prefix(model: nn.Module) -> tuple[nn.Module, list[nn.Module]] | None:
     """The backbone and its blocks from the first adapted one on, or None where members cannot share a prefix.
 
-    They can where all that is adapted lies in one list of blocks, each run once, or after it. Encoder-decoders have
-    two lists; ALBERT runs one block many times.
+    They can where all that is adapted lies in one list of blocks, each run once, or after it.
+    Encoder-decoders have two lists; ALBERT runs one block many times.
     """
     base: Any = base_of(model)
     prefix = getattr(base, "base_model_prefix", "")
@@ -69,7 +76,9 @@ def shared_prefix(model: nn.Module) -> tuple[nn.Module, list[nn.Module]] | None:
         return None
     if len(holder) != getattr(config.get_text_config(), "num_hidden_layers", -1):
         return None
-    if getattr(config, "conv_kernel_size", 0):  # DeBERTa adds a convolution of the embeddings to its first block
+    if getattr(
+        config, "conv_kernel_size", 0
+    ):  # DeBERTa adds a convolution of the embeddings to its first block
         return None
     return backbone, list(holder)[min(indices) :]
 
@@ -78,12 +87,14 @@ def shared_prefix(model: nn.Module) -> tuple[nn.Module, list[nn.Module]] | None:
 def outer(model: nn.Module, stack: int, share_prefix: bool = True) -> Iterator[None]:
     """Within it, a forward of B rows returns S B rows, member by member: ``logits.reshape(S, B, ...)``.
 
-    The model around the blocks sees S B rows, so labels, losses and decoders that look for a row's last token work;
-    the backbone below the first adapted block sees B. Leave it only after the backward of a checkpointed forward.
+    The model around the blocks sees S B rows, so labels, losses and decoders that look for a row's last token
+    work; the backbone below the first adapted block sees B. Leave it only after the backward of a
+    checkpointed forward.
 
     Args:
         model: a hosted model whose installed or stored stack has ``stack`` members.
-        share_prefix: False repeats at the top whatever the architecture; so it is where no prefix can be shared.
+        share_prefix: False repeats at the top whatever the architecture; so it is where no prefix can be
+            shared.
     """
     if stack == 1:
         yield
@@ -130,7 +141,9 @@ def _rows(args: tuple, kwargs: dict) -> int:
     named = [kwargs.get(k) for k in ("input_ids", "inputs_embeds", "hidden_states", "decoder_input_ids")]
     first = next((v for v in (*args, *named, *kwargs.values()) if isinstance(v, Tensor)), None)
     if first is None:
-        raise KilobayesError("the forward got no tensor to count rows of", remedy="pass input_ids or inputs_embeds")
+        raise KilobayesError(
+            "the forward got no tensor to count rows of", remedy="pass input_ids or inputs_embeds"
+        )
     return first.shape[0]
 
 
@@ -138,8 +151,8 @@ def _rows(args: tuple, kwargs: dict) -> int:
 def read_token(model: nn.Module) -> Iterator[None]:
     """Within it, BERT-like encoders run the token-wise half of their last block for the first token only.
 
-    A classifier reads that token alone, so the logits are unchanged; hidden states of other tokens do not exist.
-    Other architectures are left as they are.
+    A classifier reads that token alone, so the logits are unchanged; hidden states of other tokens do not
+    exist. Other architectures are left as they are.
     """
     last = _last_self_output(base_of(model))
     if last is None:
@@ -175,6 +188,6 @@ def check_rows(logits: Tensor, stack: int, rows: int) -> Tensor:
     if logits.shape[0] != stack * rows:
         raise KilobayesError(
             f"the model returned {logits.shape[0]} rows for {stack} members of {rows}",
-            remedy="use outer(model, stack, share_prefix=False), and check that the stack has as many members",
+            remedy="use outer(model, stack, share_prefix=False), and check the size of the stack",
         )
     return logits.reshape(stack, rows, *logits.shape[1:])

@@ -66,7 +66,9 @@ def heads(model: nn.Module, name: str | None = None) -> dict[str, StackedLinear]
     name = active(model, name)
     part = f".modules_to_save.{name}"
     found = base_of(model).named_modules()
-    return {n.replace(part, ""): m for n, m in found if isinstance(m, StackedLinear) and f"{part}." in f"{n}."}
+    return {
+        n.replace(part, ""): m for n, m in found if isinstance(m, StackedLinear) and f"{part}." in f"{n}."
+    }
 
 
 def sites(model: nn.Module, name: str | None = None) -> list[Site]:
@@ -89,7 +91,11 @@ def _slots(model: nn.Module, name: str) -> Iterator[tuple[str, Any, str]]:
     for site, layer in layers(model, name).items():
         holder: Any = layer.kilobayes_leaves[name]
         for leaf in holder:
-            yield (f"*/{leaf.removeprefix(SHARED)}" if leaf.startswith(SHARED) else f"{site}/{leaf}"), holder, leaf
+            yield (
+                (f"*/{leaf.removeprefix(SHARED)}" if leaf.startswith(SHARED) else f"{site}/{leaf}"),
+                holder,
+                leaf,
+            )
     for path, head in heads(model, name).items():
         for leaf, value in head._parameters.items():
             if value is not None:
@@ -97,7 +103,7 @@ def _slots(model: nn.Module, name: str) -> Iterator[tuple[str, Any, str]]:
 
 
 def uncovered(model: nn.Module, name: str | None = None) -> list[str]:
-    """Names of trainable parameters that :func:`read` does not return: PEFT trains them, a posterior does not see them.
+    """Names of trainable parameters that :func:`read` leaves out: PEFT trains them, no posterior sees them.
 
     They come from ``bias=`` and from parts of ``modules_to_save`` that are not linear layers.
     """
@@ -108,7 +114,8 @@ def uncovered(model: nn.Module, name: str | None = None) -> list[str]:
 def write(model: nn.Module, theta: Params, name: str | None = None) -> None:
     """Put a stack into the model's parameters; its S may differ from the one before.
 
-    With the same S the values are copied into the parameters that an optimiser may hold; else there are new ones.
+    With the same S the values are copied into the parameters that an optimiser may hold; else there are new
+    ones.
 
     Raises:
         KilobayesError: a leaf is missing, unknown, or has another shape; nothing is written then.
@@ -150,8 +157,8 @@ def build(model: nn.Module, theta: Params, name: str | None = None) -> Built:
 def install(model: nn.Module, built: Built | None, name: str | None = None) -> None:
     """Let the forward use these operators instead of the parameters, until replaced or, with None, removed.
 
-    They stay after the forward, since gradient checkpointing runs the layers again in the backward. They belong to
-    the model, not to an adapter's name: remove them before another adapter is made active.
+    They stay after the forward, since gradient checkpointing runs the layers again in the backward. They
+    belong to the model, not to an adapter's name: remove them before another adapter is made active.
 
     Raises:
         KilobayesError: the adapter is merged into the base.

@@ -46,12 +46,12 @@ def check(model: nn.Module, config: KilobayesConfig) -> None:
     """Everything that can be wrong with a configuration's choice of modules.
 
     Raises:
-        KilobayesError: a listed target is not in the model; a target is not linear, belongs to a mixture of experts
-            or shares its weight with another module; a head cannot be stacked.
+        KilobayesError: a listed target is not in the model; a target is not linear, belongs to a mixture of
+            experts or shares its weight with another module; a head cannot be stacked.
     """
     if isinstance(config.target_modules, set | list):
         _check_names(model, sorted(config.target_modules))
-    config = _maybe_include_all_linear_layers(config, model)
+    _maybe_include_all_linear_layers(config, model)  # in place
     _check_kinds(model, {name: m for name, m in _outermost(model).items() if _matches(config, name)})
     if config.stack > 1:
         _check_heads(model, config)
@@ -127,3 +127,26 @@ def _check_heads(model: nn.Module, config: KilobayesConfig) -> None:
                         f"it is a {type(part).__name__} in modules_to_save, with stack={config.stack}",
                         "leave it out of modules_to_save, or take stack=1",
                     )
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
+
+    It does so at the first forward in evaluation mode. From then on gradients end at the weights, and they
+    dequantise to other numbers, which merging would write; its own way back spoils weights wider than one
+    quantisation block.
+
+    Raises:
+        KilobayesError: it has repacked some already; nothing is changed then.
+    """
+    linear = {n: m for n, m in model.named_modules() if hasattr(m, "support_avx512bf16_for_cpu")}
+    for name, module in linear.items():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise KilobayesError(
+                f"bitsandbytes has repacked the weight of {name} for inference",
+                "a forward in evaluation mode came before",
+                "load the model again and add the adapter first",
+            )
+    for module in linear.values():
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

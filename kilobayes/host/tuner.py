@@ -26,7 +26,8 @@ from kilobayes.types import Adapter, Params, Site
 
 def initial(adapter: Adapter, sites: list[Site], seeds: list[int]) -> tuple[Params, Params]:
     """A stack's start: member s draws from the generator of ``seeds[s]``, as it would alone."""
-    members, constants = [], {}
+    members: list[Params] = []
+    constants: Params = {}
     for seed in seeds:
         theta, constants = adapter.init(sites, 1, generator(seed))
         members.append(theta)
@@ -38,7 +39,7 @@ class KilobayesModel(BaseTuner):
 
     prefix = "kilobayes_"
     tuner_layer_cls = KilobayesLayer
-    target_module_mapping = targets.DEFAULTS | TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = targets.DEFAULTS | TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         kind = model_config.get("model_type")
@@ -48,9 +49,12 @@ class KilobayesModel(BaseTuner):
                 f"its linear layers end in: {', '.join(targets.linear_suffixes(self.model))}",
                 'name some, as in target_modules=["query", "value"], or take target_modules="all-linear"',
             )
-        config = super()._prepare_adapter_config(peft_config, model_config)
+        config: Any = super()._prepare_adapter_config(peft_config, model_config)
         targets.check(self.model, config)
         return config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        targets.keep_unpacked(model)
 
     def _create_and_replace(
         self,
@@ -82,9 +86,12 @@ class KilobayesModel(BaseTuner):
             names = self.targeted_module_names  # this adapter's alone
         finally:
             self.targeted_module_names = sorted({*before, *self.targeted_module_names}, key=targets.natural)
-        self._fill(model, adapter_name, self.peft_config[adapter_name], names, low_cpu_mem_usage)
+        config: Any = self.peft_config[adapter_name]
+        self._fill(model, adapter_name, config, names, low_cpu_mem_usage)
 
-    def _fill(self, model: nn.Module, name: str, config: KilobayesConfig, keys: list[str], meta: bool) -> None:
+    def _fill(
+        self, model: nn.Module, name: str, config: KilobayesConfig, keys: list[str], meta: bool
+    ) -> None:
         layers: dict[str, Any] = {key: model.get_submodule(key) for key in keys}
         seeds = [config.seed + member for member in range(config.stack)]
         theta, constants = initial(config.method, [layer.site for layer in layers.values()], seeds)
@@ -107,7 +114,7 @@ class KilobayesModel(BaseTuner):
                 stack_head(module.modules_to_save, name, config.stack)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Leaves and heads are float32, whatever the base; without ``autocast_adapter_dtype``, of the base's dtype."""
+        """Leaves and heads in float32, whatever the base; without ``autocast_adapter_dtype`` as the base."""
         for module in self.model.modules():
             if isinstance(module, KilobayesLayer) and adapter_name in module.kilobayes_leaves:
                 _, dtype = module._get_base_layer_device_and_dtype(module.get_base_layer())
@@ -124,7 +131,9 @@ class KilobayesModel(BaseTuner):
             elif dtype is not None and dtype.is_floating_point:
                 part.to(dtype)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
         # PEFT's own reads child.weight when it unloads, which composite classifier heads do not have.
         setattr(parent, child_name, new_module)
 
@@ -140,13 +149,17 @@ class KilobayesModel(BaseTuner):
         yield
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         deberta.release(model)
         return model
 
+    def _require_single(self, names: list[str] | None) -> None:
+        for name in names or self.active_adapters:
+            config: Any = self.peft_config[name]
+            require_single(name, config.stack)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        for name in adapter_names or self.active_adapters:
-            require_single(name, self.peft_config[name].stack)
+        self._require_single(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(
@@ -157,8 +170,7 @@ class KilobayesModel(BaseTuner):
         Raises:
             KilobayesError: an adapter is a stack of more than one.
         """
-        for name in adapter_names or self.active_adapters:
-            require_single(name, self.peft_config[name].stack)
+        self._require_single(adapter_names)
         model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         for path, module in list(model.named_modules()):
             if isinstance(module, StackedLinear):

@@ -44,7 +44,7 @@ def as_leaves(theirs, take) -> dict[str, torch.Tensor]:
         if parameter.requires_grad:
             key = name.replace(".lora_A.default.weight", "/A").replace(".lora_B.default.weight", "/B")
             key = key.replace(".modules_to_save.default", "").replace("er.weight", "er/weight")
-            head, dot, leaf = key.rpartition(".")
+            head, _, leaf = key.rpartition(".")
             out[key if "/" in key else f"{head}/{leaf}"] = take(parameter)[None]
     return out
 
@@ -75,7 +75,6 @@ def test_merged_weights_are_those_of_peft(kind):
 
 
 def test_the_start_is_distributed_as_pefts():
-    theirs, ours = pair("bert")
     fresh = get_peft_model(make("bert"), config("bert", adapter=LoRA(r=64), init_weights=True))
     for key, leaf in tree.select(host.read(fresh), "*/A").items():
         bound = leaf.shape[-1] ** -0.5

@@ -1,4 +1,4 @@
-"""Installed stacks in training: checkpointing, autocast, dropout, and factors differentiated in two stages."""
+"""Installed stacks in training: checkpointing, autocast, dropout, factors differentiated in two stages."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_checkpointed_parameters_get_the_same_gradients_as_installed_ones():
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_two_stages_of_the_backward_are_one(kind):
-    """Operators over detached leaves collect the gradients of two passes; one backward takes them to theta."""
+    """Detached operators collect the gradients of two passes; one backward takes them to theta."""
     model, passes = hosted(kind, stack=S), [batch(kind, seed=seed) for seed in (1, 2)]
     direct, staged = leaves(model), leaves(model)
     for inputs in passes:

@@ -1,9 +1,17 @@
-"""Stacks against their members run one by one: outputs and gradients, in both pairings and every architecture."""
+"""Stacks against their members run one by one: outputs and gradients, both pairings, every architecture."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
+from torch.func import functional_call, vmap
+
+from kilobayes import host, tree
+from kilobayes.adapters import LoRA
+from kilobayes.errors import KilobayesError
+from kilobayes.host.pairing import shared_prefix
+
 from .tiny import (
     CLASSIFIERS,
     OTHERS,
@@ -17,17 +25,21 @@ from .tiny import (
     repeated,
     scores,
 )
-from peft import get_peft_model
-from torch.func import functional_call, vmap
-
-from kilobayes import host, tree
-from kilobayes.adapters import LoRA
-from kilobayes.errors import KilobayesError
-from kilobayes.host.pairing import shared_prefix
 
 S = 3
 LAST = {"albert": [0], "t5": [1], "t5_encoder": [1], "t5_seq2seq": [1]}
-SHARES = {"bert", "roberta", "distilbert", "deberta", "modernbert", "gpt2", "llama", "qwen2", "opt", "t5_encoder"}
+SHARES = {
+    "bert",
+    "roberta",
+    "distilbert",
+    "deberta",
+    "modernbert",
+    "gpt2",
+    "llama",
+    "qwen2",
+    "opt",
+    "t5_encoder",
+}
 SHARES |= {"gpt2_lm", "llama_lm", "bert_model"}
 
 
@@ -74,11 +86,13 @@ def test_outer_shares_the_prefix_below_the_first_adapted_block(kind):
 
 
 TARGETS = {
-    "distilbert": ["q_lin"], "modernbert": ["Wqkv", "Wo"], "gpt2": ["c_attn"], "gpt2_lm": ["c_attn", "c_fc"],
-    "llama": ["q_proj", "down_proj"], "llama_lm": ["v_proj"], "qwen2": ["o_proj"], "opt": ["fc1", "v_proj"],
-    "t5": ["q"], "t5_encoder": ["q", "wo"], "t5_seq2seq": ["v"],
+    "bert": ["query", "dense"], "roberta": ["query", "dense"], "albert": ["query", "dense"],
+    "bert_model": ["query", "dense"], "distilbert": ["q_lin"], "modernbert": ["Wqkv", "Wo"],
+    "gpt2": ["c_attn"], "gpt2_lm": ["c_attn", "c_fc"], "llama": ["q_proj", "down_proj"],
+    "llama_lm": ["v_proj"], "qwen2": ["o_proj"], "opt": ["fc1", "v_proj"], "t5": ["q"],
+    "t5_encoder": ["q", "wo"], "t5_seq2seq": ["v"],
     "deberta": ["key_proj", "value_proj"], "deberta_conv": ["query_proj"],
-} | dict.fromkeys(["bert", "roberta", "albert", "bert_model"], ["query", "dense"])  # fmt: skip
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7])
@@ -158,7 +172,7 @@ def test_rows_that_do_not_divide_are_refused():
 
 
 def test_vmap_over_the_whole_model_agrees():
-    """An oracle that knows nothing of rows: the plain model with B A added to its weights, mapped over members."""
+    """An oracle that knows nothing of rows: the plain model, B A added to its weights, over members."""
     model, inputs = hosted("bert", stack=S), batch("bert")
     theta, base = host.read(model), make("bert")
     base.set_attn_implementation("eager")
@@ -179,7 +193,9 @@ def test_reading_one_token_changes_no_logits(kind):
     plain, seen = model(**repeated(inputs, S)).logits, []
     parts = dict(model.named_modules())
     last = parts.get(f"base_model.model.{kind}.encoder.layer.2.intermediate.dense", model)
-    handle = last.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1] if args else 0))
+    handle = last.register_forward_hook(
+        lambda module, args, out: seen.append(args[0].shape[1] if args else 0)
+    )
     with host.read_token(model):
         zipped = model(**repeated(inputs, S)).logits
         with host.outer(model, S):

@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSequenceClassification,
-    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
 )
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel
 
 from kilobayes import host, tree
 from kilobayes.adapters import LoRA
 from kilobayes.errors import KilobayesError
 from kilobayes.host import KilobayesConfig
 
-from .tiny import CLASSIFIERS, OTHERS, TASK, batch, close, config, hosted, make, repeated, scores
-
-
-def state(model) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert list(a) == list(b)
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
-
-
-@pytest.mark.parametrize("kind", [k for k in CLASSIFIERS + OTHERS if k not in ("albert", "distilbert", "modernbert")])
-def test_default_targets_are_those_of_lora(kind):
-    ours = get_peft_model(make(kind), KilobayesConfig(task_type=TASK.get(kind, "SEQ_CLS")))
-    theirs = get_peft_model(make(kind), LoraConfig(task_type=TASK.get(kind, "SEQ_CLS"), fan_in_fan_out="gpt2" in kind))
-    assert sorted(s.name for s in host.sites(ours)) == sorted(theirs.base_model.targeted_module_names)
-    assert ours.peft_config["default"].target_modules == theirs.peft_config["default"].target_modules
-
-
-@pytest.mark.parametrize(("kind", "names"), [("albert", ["query", "value"]), ("distilbert", ["q_lin", "v_lin"])])
-def test_default_targets_where_peft_has_none(kind, names):
-    model = get_peft_model(make(kind), KilobayesConfig(task_type="SEQ_CLS"))
-    assert sorted({s.name.rpartition(".")[2] for s in host.sites(model)}) == names
+from .tiny import batch, close, config, hosted, make, repeated, same, scores, state
 
 
 def test_training_starts_at_the_base_and_counts_parameters(capsys):
@@ -78,7 +50,10 @@ def test_saved_and_loaded_models_agree(kind, stack, low, tmp_path):
 
 
 def test_auto_classes_find_the_base(tmp_path):
-    for kind, auto in (("bert", AutoPeftModelForSequenceClassification), ("llama_lm", AutoPeftModelForCausalLM)):
+    for kind, auto in (
+        ("bert", AutoPeftModelForSequenceClassification),
+        ("llama_lm", AutoPeftModelForCausalLM),
+    ):
         folder = tmp_path / kind
         make(kind).save_pretrained(folder / "base")
         base = type(make(kind)).from_pretrained(folder / "base")
@@ -129,7 +104,10 @@ def test_unload_and_disable_give_the_base_bit_for_bit(kind, stack):
     bare = model.unload()
     same(bare.state_dict(), base.state_dict())
     assert torch.equal(bare(**inputs).logits, base(**inputs).logits)
-    assert torch.equal(get_peft_model(bare, config(kind))(**inputs).logits, get_peft_model(base, config(kind))(**inputs).logits)
+    assert torch.equal(
+        get_peft_model(bare, config(kind))(**inputs).logits,
+        get_peft_model(base, config(kind))(**inputs).logits,
+    )
 
 
 def test_a_stack_does_not_merge_and_says_what_to_do():
@@ -158,7 +136,9 @@ def test_nan_is_not_merged_safely():
 def test_several_adapters_of_different_rank_and_stack():
     model, inputs = hosted("bert"), batch("bert", rows=6)
     first = model(**inputs).logits
-    model.add_adapter("wide", config("bert", adapter=LoRA(r=6), stack=3, seed=4, target_modules=["key", "query"]))
+    model.add_adapter(
+        "wide", config("bert", adapter=LoRA(r=6), stack=3, seed=4, target_modules=["key", "query"])
+    )
     assert torch.equal(model(**inputs).logits, first)
     assert all(p.requires_grad for p in host.read(model, "default").values())
     assert not any(p.requires_grad for p in host.read(model, "wide").values())
@@ -176,7 +156,9 @@ def test_several_adapters_of_different_rank_and_stack():
     model.set_adapter("default")
     assert torch.equal(model(**inputs).logits, first)
     model.delete_adapter("wide")
-    assert not any("wide" in layer.methods or "wide" in layer.constants for layer in host.layers(model).values())
+    assert not any(
+        "wide" in layer.methods or "wide" in layer.constants for layer in host.layers(model).values()
+    )
     assert torch.equal(model(**inputs).logits, first)
     with pytest.raises(AttributeError):
         model.add_weighted_adapter(["default"], [1.0], "sum")
@@ -235,149 +217,3 @@ def test_native_adapters_of_transformers(tmp_path):
     again = make("bert")
     again.load_adapter(tmp_path)
     assert torch.equal(again(**inputs).logits, expected)
-
-
-@pytest.mark.parametrize(
-    ("options", "suffixes", "count"),
-    [
-        ({"target_modules": ["query"]}, {"query"}, 3),
-        ({"target_modules": r".*layer\.[01]\..*(key|value)"}, {"key", "value"}, 4),
-        ({"target_modules": "all-linear"}, {"query", "key", "value", "dense"}, 19),
-        ({"target_modules": ["query", "value"], "layers_to_transform": [2]}, {"query", "value"}, 2),
-        ({"target_modules": ["query"], "layers_to_transform": 0, "layers_pattern": "layer"}, {"query"}, 1),
-        ({"target_modules": "all-linear", "exclude_modules": ["dense"]}, {"query", "key", "value"}, 9),
-        ({"modules_to_save": ["pooler"]}, {"query", "value"}, 6),
-    ],
-)
-def test_choice_of_modules(options, suffixes, count, tmp_path):
-    model = hosted("bert", stack=2, **options)
-    names = [s.name for s in host.sites(model)]
-    assert ({n.rpartition(".")[2] for n in names}, len(names)) == (suffixes, count)
-    assert list(host.heads(model)) == (["bert.pooler.dense"] if "modules_to_save" in options else []) + ["classifier"]
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(make("bert"), tmp_path)
-    inputs = batch("bert")
-    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
-
-
-def test_trained_biases(tmp_path):
-    model = hosted("bert", bias="kilobayes_only")
-    names = host.uncovered(model)
-    assert len(names) == 6
-    assert all(n.endswith("base_layer.bias") for n in names)
-    with torch.no_grad():
-        for name in names:
-            model.get_base_model().get_parameter(name).add_(0.5)
-    model.save_pretrained(tmp_path)
-    again, inputs = PeftModel.from_pretrained(make("bert"), tmp_path), batch("bert")
-    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
-
-
-def refusals():
-    yield "bert", {"target_modules": ["query", "valeu"]}, r"'valeu' is not in the model.*did you mean value\?"
-    yield "bert", {"target_modules": ["query", "word_embeddings"]}, r"word_embeddings cannot be adapted.*Embedding"
-    yield "bert", {"target_modules": ["attention"]}, r"BertAttention, not a linear layer"
-    yield "llama_lm", {"target_modules": ["lm_head"], "tie": True}, r"lm_head.*shares its weight with model.embed_tok"
-    yield "bert", {"modules_to_save": ["LayerNorm"], "stack": 2}, r"LayerNorm cannot be stacked.*take stack=1"
-
-
-@pytest.mark.parametrize(("kind", "options", "message"), list(refusals()))
-def test_bad_choices_are_refused_and_leave_the_model_alone(kind, options, message):
-    base = make(kind)
-    if options.pop("tie", False):
-        base.lm_head.weight = base.model.embed_tokens.weight
-    before, modules = state(base), [type(m) for m in base.modules()]
-    with pytest.raises(KilobayesError, match=message):
-        get_peft_model(base, config(kind, **options))
-    same(state(base), before)
-    assert [type(m) for m in base.modules()] == modules
-
-
-def test_mixtures_of_experts_are_refused():
-    class Expert(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.experts = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(2)])
-            self.gate = torch.nn.Linear(4, 4)
-
-    with pytest.raises(KilobayesError, match=r"mixture of experts.*attention"):
-        get_peft_model(torch.nn.ModuleDict({"block": Expert()}), KilobayesConfig(target_modules=r".*experts\.\d+"))
-
-
-def test_attention_that_reads_weights_directly_is_refused():
-    model = torch.nn.TransformerEncoderLayer(8, 2, 16)
-    with pytest.raises(KilobayesError, match="out_proj cannot be adapted"):
-        get_peft_model(model, KilobayesConfig(target_modules=["out_proj"]))
-
-
-def test_unknown_architectures_get_a_list_of_names():
-    class Novel(BertConfig):
-        model_type = "novel"
-
-    model = BertModel(Novel(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
-    with pytest.raises(KilobayesError, match=r"'novel'.*dense, key, query, value.*all-linear"):
-        get_peft_model(model, KilobayesConfig())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"stack": 0}, "at least 1"),
-        ({"bias": "lora_only"}, "kilobayes_only"),
-        ({"bias": "all", "stack": 2}, "shared by all members"),
-        ({"target_modules": "all-linear", "layers_to_transform": 0}, "list of names"),
-        ({"layers_pattern": "layer"}, "layers_to_transform is None"),
-        ({"adapter": "LoRa(r=2)"}, "did you mean LoRA"),
-    ],
-)
-def test_configurations_that_contradict_themselves(options, message):
-    with pytest.raises(KilobayesError, match=message):
-        KilobayesConfig(**options)
-
-
-def test_members_start_where_they_would_alone():
-    stacked = get_peft_model(make("bert"), config("bert", stack=3, seed=7, init_weights=True))
-    for member in range(3):
-        alone = get_peft_model(make("bert"), config("bert", seed=7 + member, init_weights=True))
-        same(tree.clone(tree.member(host.read(stacked), member)), tree.clone(host.read(alone)))
-
-
-def test_copies_are_independent_and_carry_nothing_installed():
-    model, inputs = hosted("deberta"), batch("deberta")
-    before = model(**inputs).logits
-    theta = {k: v.detach() * 2 for k, v in host.read(model).items()}
-    host.install(model, host.build(model, {k: v.requires_grad_() for k, v in theta.items()}))
-    clone = copy.deepcopy(model)
-    assert torch.equal(clone(**inputs).logits, before)
-    assert not torch.equal(model(**inputs).logits, before)
-    host.write(clone, theta)
-    host.install(model, None)
-    assert torch.equal(model(**inputs).logits, before)
-
-
-def test_writing_keeps_parameters_of_the_same_shape_and_checks_the_rest():
-    model = hosted("bert", stack=2)
-    theta = tree.clone(host.read(model))
-    held = host.read(model)
-    host.write(model, {k: v + 1 for k, v in theta.items()})
-    assert all(value is held[key] for key, value in host.read(model).items())
-    close(next(iter(held.values())), next(iter(theta.values())) + 1)
-    with pytest.raises(KilobayesError, match="only on one side: classifier/bias"):
-        host.write(model, {k: v for k, v in theta.items() if k != "classifier/bias"})
-    with pytest.raises(KilobayesError, match="another shape"):
-        host.write(model, theta | {"classifier/bias": torch.zeros(3, 3)})
-    host.write(model, tree.member(theta, slice(0, 1)))
-    assert model.peft_config["default"].stack == tree.size(host.read(model)) == 1
-    assert all(p.requires_grad for p in host.read(model).values())
-
-
-def test_models_without_an_adapter_are_named():
-    with pytest.raises(KilobayesError, match="no kilobayes adapter"):
-        host.read(make("bert"))
-
-
-def test_nothing_is_installed_on_merged_weights():
-    model = hosted("bert")
-    model.merge_adapter()
-    with pytest.raises(KilobayesError, match="unmerge_adapter"):
-        host.install(model, host.build(model, host.read(model)))

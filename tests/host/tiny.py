@@ -23,8 +23,24 @@ ENCODER = SMALL | {
     "max_position_embeddings": 40,
 }
 DECODER = ENCODER | {"num_key_value_heads": 2, "use_cache": False, "bos_token_id": 1, "eos_token_id": 2}
-T5 = SMALL | {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "eos_token_id": 1, "decoder_start_token_id": 0}
-GPT2 = SMALL | {"bos_token_id": 1, "eos_token_id": 2, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 40, "use_cache": False}
+T5 = SMALL | {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+GPT2 = SMALL | {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 40,
+    "use_cache": False,
+}
 
 BUILD: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: tf.BertForSequenceClassification(tf.BertConfig(**ENCODER)),
@@ -35,7 +51,11 @@ BUILD: dict[str, Callable[[], nn.Module]] = {
     "albert": lambda: tf.AlbertForSequenceClassification(tf.AlbertConfig(**ENCODER, embedding_size=16)),
     "deberta": lambda: tf.DebertaV2ForSequenceClassification(
         tf.DebertaV2Config(
-            **ENCODER, relative_attention=True, position_buckets=8, pos_att_type=["c2p", "p2c"], share_att_key=True
+            **ENCODER,
+            relative_attention=True,
+            position_buckets=8,
+            pos_att_type=["c2p", "p2c"],
+            share_att_key=True,
         )
     ),
     "deberta_conv": lambda: tf.DebertaV2ForSequenceClassification(
@@ -69,8 +89,8 @@ BUILD: dict[str, Callable[[], nn.Module]] = {
     "bert_model": lambda: tf.BertModel(tf.BertConfig(**ENCODER)),
 }
 CLASSIFIERS = [
-    "bert", "roberta", "distilbert", "albert", "deberta", "deberta_conv", "modernbert", "gpt2", "llama", "qwen2",
-    "opt", "t5",
+    "bert", "roberta", "distilbert", "albert", "deberta", "deberta_conv", "modernbert", "gpt2", "llama",
+    "qwen2", "opt", "t5",
 ]  # fmt: skip
 OTHERS = ["t5_encoder", "t5_seq2seq", "gpt2_lm", "llama_lm", "bert_model"]
 TASK = {
@@ -163,3 +183,15 @@ def gradients(model: Any, logits: Tensor) -> dict[str, Tensor]:
     theta = host.read(model)
     loss = (logits * torch.randn(logits.shape, generator=gen)).sum()
     return dict(zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True))
+
+
+def state(model: Any) -> dict[str, Tensor]:
+    """A copy of a model's state."""
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Equal bit for bit, in the same order."""
+    assert list(a) == list(b)
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
