@@ -176,10 +176,20 @@ class KilobayesLayer(nn.Module, BaseTunerLayer):
         """The update of a stack of one: ``(d_out, d_in)``, or ``(d_in, d_out)`` for Conv1D, as in PEFT.
 
         Raises:
-            KilobayesError: the stack is larger.
+            KilobayesError: the stack is larger, or the operator is not linear.
         """
-        update = delta(self.operator(adapter), self.d_in)
+        operator = self.operator(adapter)
+        update = delta(operator, self.d_in)
         require_single(adapter, update.shape[0])
+        if not isinstance(operator, LowRank):
+            probe = torch.linspace(-1.0, 1.5, self.d_in, dtype=update.dtype, device=update.device)[None, None]
+            given, wanted = operator(probe), probe @ update.mT
+            if (given - wanted).norm() > 0.01 * wanted.norm() + 1e-6:
+                raise KilobayesError(
+                    f"adapter {adapter!r} is not a linear map, so no weight does what it does",
+                    f"a {type(operator).__name__} at {self.path}",
+                    "serve it unmerged",
+                )
         return update[0].mT if self.conv1d else update[0]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

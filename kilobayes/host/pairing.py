@@ -172,7 +172,11 @@ def read_token(model: nn.Module) -> Iterator[None]:
 def _last_self_output(base: nn.Module) -> nn.Module | None:
     """``attention.output`` of the last block, if the model classifies from its first token as BERT does."""
     kind = type(base).__name__
-    if kind not in ("BertForSequenceClassification", "RobertaForSequenceClassification"):
+    if kind not in (
+        "BertForSequenceClassification",
+        "RobertaForSequenceClassification",
+        "XLMRobertaForSequenceClassification",
+    ):
         return None
     encoder = base.get_submodule(base.base_model_prefix).get_submodule("encoder.layer")  # type: ignore[arg-type]
     assert isinstance(encoder, nn.ModuleList)

@@ -47,7 +47,7 @@ class KilobayesModel(BaseTuner):
             raise KilobayesError(
                 f"no default target modules are known for the architecture {kind!r}",
                 f"its linear layers end in: {', '.join(targets.linear_suffixes(self.model))}",
-                'name some, as in target_modules=["query", "value"], or take target_modules="all-linear"',
+                'name some of these as target modules, or take "all-linear"',
             )
         config: Any = super()._prepare_adapter_config(peft_config, model_config)
         targets.check(self.model, config)

@@ -19,7 +19,7 @@ from .tiny import CLASSIFIERS, OTHERS, TASK, batch, config, hosted, make, same, 
 
 
 @pytest.mark.parametrize(
-    "kind", [k for k in CLASSIFIERS + OTHERS if k not in ("albert", "distilbert", "modernbert")]
+    "kind", [k for k in CLASSIFIERS + OTHERS if k not in ("albert", "distilbert", "modernbert", "mixtral_lm")]
 )
 def test_default_targets_are_those_of_lora(kind):
     ours = get_peft_model(make(kind), KilobayesConfig(task_type=TASK.get(kind, "SEQ_CLS")))
@@ -104,17 +104,13 @@ def test_bad_choices_are_refused_and_leave_the_model_alone(kind, options, messag
     assert [type(m) for m in base.modules()] == modules
 
 
-def test_mixtures_of_experts_are_refused():
-    class Expert(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.experts = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(2)])
-            self.gate = torch.nn.Linear(4, 4)
-
-    with pytest.raises(KilobayesError, match=r"mixture of experts.*attention"):
-        get_peft_model(
-            torch.nn.ModuleDict({"block": Expert()}), KilobayesConfig(target_modules=r".*experts\.\d+")
-        )
+def test_experts_are_refused_and_the_attention_around_them_is_not():
+    with pytest.raises(KilobayesError, match=r"experts belongs to a mixture of experts.*attention"):
+        get_peft_model(make("mixtral_lm"), config("mixtral_lm", target_modules=["experts"]))
+    with pytest.raises(KilobayesError, match=r"Router, not a linear layer.*q_proj"):
+        get_peft_model(make("mixtral_lm"), config("mixtral_lm", target_modules=["gate"]))
+    model = get_peft_model(make("mixtral_lm"), config("mixtral_lm", target_modules="all-linear"))
+    assert {s.name.rpartition(".")[2] for s in host.sites(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_attention_that_reads_weights_directly_is_refused():

@@ -40,7 +40,7 @@ SHARES = {
     "opt",
     "t5_encoder",
 }
-SHARES |= {"gpt2_lm", "llama_lm", "bert_model"}
+SHARES |= {"gpt2_lm", "llama_lm", "mixtral_lm", "bert_model"}
 
 
 def compare(model, logits, expected) -> None:
@@ -85,12 +85,10 @@ def test_outer_shares_the_prefix_below_the_first_adapted_block(kind):
         close(scores(model(**inputs)), expected)
 
 
-TARGETS = {
-    "bert": ["query", "dense"], "roberta": ["query", "dense"], "albert": ["query", "dense"],
-    "bert_model": ["query", "dense"], "distilbert": ["q_lin"], "modernbert": ["Wqkv", "Wo"],
-    "gpt2": ["c_attn"], "gpt2_lm": ["c_attn", "c_fc"], "llama": ["q_proj", "down_proj"],
-    "llama_lm": ["v_proj"], "qwen2": ["o_proj"], "opt": ["fc1", "v_proj"], "t5": ["q"],
-    "t5_encoder": ["q", "wo"], "t5_seq2seq": ["v"],
+TARGETS = dict.fromkeys(["bert", "roberta", "xlm_roberta", "albert", "bert_model"], ("query", "dense")) | {
+    "distilbert": ["q_lin"], "modernbert": ["Wqkv", "Wo"], "gpt2": ["c_attn"], "gpt2_lm": ["c_attn", "c_fc"],
+    "llama": ["q_proj", "down_proj"], "llama_lm": ["v_proj"], "mixtral_lm": ["q_proj"], "qwen2": ["o_proj"],
+    "opt": ["fc1", "v_proj"], "t5": ["q"], "t5_encoder": ["q", "wo"], "t5_seq2seq": ["v"],
     "deberta": ["key_proj", "value_proj"], "deberta_conv": ["query_proj"],
 }  # fmt: skip
 
@@ -187,12 +185,14 @@ def test_vmap_over_the_whole_model_agrees():
     close(logits, expected.flatten(0, 1))
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "gpt2"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm_roberta", "distilbert", "gpt2"])
 def test_reading_one_token_changes_no_logits(kind):
     model, inputs = hosted(kind, stack=S, target_modules=TARGETS[kind]), batch(kind)
     plain, seen = model(**repeated(inputs, S)).logits, []
     parts = dict(model.named_modules())
-    last = parts.get(f"base_model.model.{kind}.encoder.layer.2.intermediate.dense", model)
+    last = parts.get(
+        f"base_model.model.{kind.removeprefix('xlm_')}.encoder.layer.2.intermediate.dense", model
+    )
     handle = last.register_forward_hook(
         lambda module, args, out: seen.append(args[0].shape[1] if args else 0)
     )
@@ -201,7 +201,7 @@ def test_reading_one_token_changes_no_logits(kind):
         with host.outer(model, S):
             outer = model(**inputs).logits
     handle.remove()
-    assert seen == ([1, 1] if kind in ("bert", "roberta") else [0, 0])
+    assert seen == ([1, 1] if kind in ("bert", "roberta", "xlm_roberta") else [0, 0])
     close(zipped, plain)
     close(outer, plain)
     close(model(**repeated(inputs, S)).logits, plain)

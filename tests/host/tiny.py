@@ -86,19 +86,22 @@ BUILD: dict[str, Callable[[], nn.Module]] = {
     "t5_seq2seq": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)),
     "gpt2_lm": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**GPT2)),
     "llama_lm": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER)),
+    "mixtral_lm": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_local_experts=4)),
+    "xlm_roberta": lambda: tf.XLMRobertaForSequenceClassification(tf.XLMRobertaConfig(**ENCODER)),
     "bert_model": lambda: tf.BertModel(tf.BertConfig(**ENCODER)),
 }
 CLASSIFIERS = [
     "bert", "roberta", "distilbert", "albert", "deberta", "deberta_conv", "modernbert", "gpt2", "llama",
     "qwen2", "opt", "t5",
 ]  # fmt: skip
-OTHERS = ["t5_encoder", "t5_seq2seq", "gpt2_lm", "llama_lm", "bert_model"]
+OTHERS = ["t5_encoder", "t5_seq2seq", "gpt2_lm", "llama_lm", "mixtral_lm", "bert_model"]
 TASK = {
     "t5_encoder": "FEATURE_EXTRACTION",
     "bert_model": "FEATURE_EXTRACTION",
     "t5_seq2seq": "SEQ_2_SEQ_LM",
     "gpt2_lm": "CAUSAL_LM",
     "llama_lm": "CAUSAL_LM",
+    "mixtral_lm": "CAUSAL_LM",
 }
 
 
