@@ -58,14 +58,14 @@ $(VENV)/pyvenv.cfg:
 # a stamp is newer than the files that the installation depends on, so a second make installs nothing
 PIP_INSTALL = $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e
 
-$(VENV)/demo.stamp: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+$(VENV)/demo.stamp: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt Makefile
 	$(PIP_INSTALL) '.[demo]'
 	@touch $@
 
-$(VENV)/test.stamp: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+$(VENV)/test.stamp: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt Makefile
 	$(PIP_INSTALL) '.[demo,test,conformal,trl,quantised,docs]'
 	@touch $@ $(VENV)/demo.stamp $(VENV)/docs.stamp
 
-$(VENV)/docs.stamp: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+$(VENV)/docs.stamp: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt Makefile
 	$(PIP_INSTALL) '.[demo,docs]'
 	@touch $@

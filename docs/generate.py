@@ -95,10 +95,14 @@ def mathml(text: str, block: bool) -> str:
     for node in root.iter(f"{{{MATHML}}}munderover"):
         letter, below, above = node
         if above.text in ACCENTS:  # docutils sets the index of an accented letter below it
-            accented = ElementTree.Element(f"{{{MATHML}}}mover", accent="true")
+            accented = ElementTree.Element(f"{{{MATHML}}}mover")
             accented.extend([letter, above])
             node.tag = f"{{{MATHML}}}msub"
             node[:] = [accented, below]
+    for node in root.iter(f"{{{MATHML}}}mover"):
+        node.set(
+            "accent", "false"
+        )  # true accents touch the letter where no font for mathematics is installed
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -108,7 +112,9 @@ def visit_inline(translator: Any, node: nodes.math) -> None:
 
 
 def visit_block(translator: Any, node: nodes.math_block) -> None:
-    translator.body.append(f'<div class="math">{mathml(node.astext(), block=True)}</div>')
+    translator.body.append(
+        f'<div style="margin: 1em; line-height: 2">{mathml(node.astext(), block=True)}</div>'
+    )
     raise nodes.SkipNode
 
 
