@@ -34,7 +34,8 @@ def compare(
     """Evaluate runs on the same labelled rows; ``report.html`` and ``metrics.json`` go to ``out``.
 
     Args:
-        test, ood: what :func:`kilobayes.tasks.data.load_examples` reads: a file, a folder, a hub id, a data frame.
+        test, ood: what :func:`kilobayes.tasks.data.load_examples` reads: a file, a folder, a hub id,
+            a data frame.
 
     Raises:
         KilobayesError: no runs, a damaged one, or runs of different classes.

@@ -42,15 +42,15 @@ class Prediction:
 class Classifier(ClassifierMixin, BaseEstimator):
     """Fine-tunes a pretrained encoder or decoder on texts; works wherever scikit-learn takes a classifier.
 
-    ``fit(texts, labels)`` takes strings, pairs of strings, or an array of one or two columns of them. Where the
-    posterior needs it, a share of the rows is held out for calibration, by class.
+    ``fit(texts, labels)`` takes strings, pairs of strings, or an array of one or two columns of them. Where
+    the posterior needs it, a share of the rows is held out for calibration, by class.
 
     Args:
         model: base model: a folder, a hub id, or ``"minilm"``.
         adapter, posterior: objects or specifications.
         calibration: share of the rows held out for calibration.
         samples: posterior samples that predictions average over.
-        lr, epochs, batch_size, max_length, target_modules, device, dtype: as the flags of ``kilobayes train``.
+        lr, epochs, batch_size, max_length, target_modules, device, dtype: as flags of ``kilobayes train``.
         seed: of everything random.
 
     Attributes:
@@ -104,7 +104,9 @@ class Classifier(ClassifierMixin, BaseEstimator):
         texts = _texts(X)
         labels = np.asarray(y)
         if labels.ndim != 1 or len(labels) != len(texts):
-            raise KilobayesError(f"{len(texts)} texts need as many labels", f"found an array of shape {labels.shape}")
+            raise KilobayesError(
+                f"{len(texts)} texts need as many labels", f"found an array of shape {labels.shape}"
+            )
         self.classes_, indices = np.unique(labels, return_inverse=True)
         if len(self.classes_) < 2:
             raise KilobayesError("classification needs at least two classes", f"found {list(self.classes_)}")
@@ -119,11 +121,26 @@ class Classifier(ClassifierMixin, BaseEstimator):
         return self
 
     def _options(self, posterior: Any) -> Options:
-        names = ("model", "samples", "lr", "epochs", "batch_size", "max_length", "target_modules", "device", "dtype", "seed")
+        names = (
+            "model",
+            "samples",
+            "lr",
+            "epochs",
+            "batch_size",
+            "max_length",
+            "target_modules",
+            "device",
+            "dtype",
+            "seed",
+        )
         own = {name: getattr(self, name) for name in names}
         adapter = spec.adapter(self.adapter)
         return Options(
-            data="in memory", adapter=repr(adapter), posterior=repr(posterior), calibration=str(self.calibration), **own
+            data="in memory",
+            adapter=repr(adapter),
+            posterior=repr(posterior),
+            calibration=str(self.calibration),
+            **own,
         )
 
     def predictive(self, X: Any, samples: int | None = None) -> Prediction:
@@ -163,7 +180,14 @@ class Classifier(ClassifierMixin, BaseEstimator):
         """
         fitted = load(Path(folder), model=model, device=device)
         card = fitted.card
-        out = cls(model or card.base, card.adapter, card.posterior, samples=card.samples, device=device, dtype=card.dtype)
+        out = cls(
+            model or card.base,
+            card.adapter,
+            card.posterior,
+            samples=card.samples,
+            device=device,
+            dtype=card.dtype,
+        )
         out.classes_ = np.asarray(card.classes)
         out.fitted_ = fitted
         return out
@@ -180,8 +204,13 @@ def _texts(X: Any) -> list[Any]:
     for number, row in enumerate(rows, 1):
         if isinstance(row, np.ndarray | list | tuple):
             row = row[0] if len(row) == 1 else tuple(row)
-        if not (isinstance(row, str) or (isinstance(row, tuple) and len(row) == 2 and all(isinstance(t, str) for t in row))):
-            raise KilobayesError(f"row {number} is no text or pair of texts", f"found {row!r:.60}", "give strings")
+        if not (
+            isinstance(row, str)
+            or (isinstance(row, tuple) and len(row) == 2 and all(isinstance(t, str) for t in row))
+        ):
+            raise KilobayesError(
+                f"row {number} is no text or pair of texts", f"found {row!r:.60}", "give strings"
+            )
         out.append(str(row) if isinstance(row, str) else row)
     if not out:
         raise KilobayesError("there are no texts")

@@ -1,8 +1,11 @@
-"""The settings of a training run: flags of ``kilobayes train``, keys of ``run.yaml`` and keywords in Python alike."""
+"""The settings of a training run: flags of ``kilobayes train``, keys of ``run.yaml``, keywords in Python."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+import reprlib
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,12 +23,18 @@ def _o(default: Any, help: str, *aliases: str) -> Any:
 class Options:
     """How to fine-tune; every field is a flag (``--batch-size``) and a key of run.yaml (``batch_size``)."""
 
-    data: str = _o("", "Training data: a folder, a CSV, JSONL(.gz) or Parquet file, or a hub id.", "dataset-name")
-    model: str = _o("minilm", "Base model: a folder, a hub id, or minilm, which comes along.", "model-name-or-path")
+    data: str = _o(
+        "", "Training data: a folder, a CSV, JSONL(.gz) or Parquet file, or a hub id.", "dataset-name"
+    )
+    model: str = _o(
+        "minilm", "Base model: a folder, a hub id, or minilm, of the extra demo.", "model-name-or-path"
+    )
     out: str = _o("", "Folder of the run; default runs/DATA-POSTERIOR-SEED.", "output-dir")
     task: str = _o("classify", "What to learn: classify.")
     ood: str = _o("", "Out-of-distribution data for the report, of the same kinds as --data.")
-    calibration: str = _o("0.2", "Share of the training rows held out for calibration, or a file or split of its own.")
+    calibration: str = _o(
+        "0.2", "Share, or number, of training rows held out for calibration; or a file or split; 0 none."
+    )
     test: str = _o("", "Data to evaluate on; default the data's own test or validation split.")
     text_column: str | None = _o(None, "Column of the text; found if not named.")
     pair_column: str | None = _o(None, "Column of the second text of a pair; found if not named.")
@@ -33,7 +42,9 @@ class Options:
     adapter: str = _o("LoRA(r=8)", "Adapter, as kilobayes list shows them.")
     posterior: str = _o("Temperature(SWAG(rank=10))", "Posterior, as kilobayes list shows them.")
     target_modules: str | None = _o(None, 'Modules to adapt, separated by commas, or "all-linear".')
-    layers: str | None = _o(None, "Indices of the blocks to adapt, separated by commas, as in 3,4,5; default all.")
+    layers: str | None = _o(
+        None, "Indices of the blocks to adapt, separated by commas, as in 3,4,5; default all."
+    )
     samples: int = _o(10, "Posterior samples that predictions average over.")
     lr: float = _o(1e-3, "Peak learning rate.", "learning-rate")
     epochs: int = _o(8, "Passes over the training rows.", "num-train-epochs")
@@ -44,33 +55,74 @@ class Options:
     warmup: float = _o(0.06, "Fraction of training of the warm-up.", "warmup-ratio")
     clip: float = _o(1.0, "Largest gradient norm of a member; 0 never clips.", "max-grad-norm")
     seed: int = _o(0, "Seed of everything random.")
-    limit_train: int | None = _o(None, "Use at most so many training rows, drawn by class.", "max-train-samples")
+    limit_train: int | None = _o(
+        None, "Use at most so many training rows, drawn by class.", "max-train-samples"
+    )
     limit: int | None = _o(None, "Evaluate at most so many rows.", "max-eval-samples")
     max_minutes: float = _o(0.0, "Stop training after so many minutes; 0 never.")
     device: str = _o("auto", "cpu, cuda, cuda:0, ... or auto.")
     dtype: str = _o("float32", "Precision of the frozen base: float32, bfloat16 or float16.")
     autocast: str = _o("no", "bf16 runs forwards under autocast; no leaves precision alone.")
     gradient_checkpointing: bool = _o(False, "Recompute blocks in the backward pass to save memory.")
-    resume: bool = _o(False, "Go on from the run's checkpoint.")
+    resume: bool = _o(False, "Go on with the run in --out, from its checkpoint and its settings.")
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), hints[f.name]))
-        for name, least in (("samples", 1), ("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("max_length", 4)):
-            if getattr(self, name) < least:
-                raise KilobayesError(f"--{name.replace('_', '-')} must be at least {least}", f"found {getattr(self, name)}")
-        if not self.lr > 0:
-            raise KilobayesError("--lr must be above 0", f"found {self.lr}", "try --lr 0.001")
-        if self.task != "classify":
-            raise KilobayesError(f"there is no task called {self.task!r}", "known: classify", "leave --task out")
-        if self.autocast not in ("no", "bf16"):
-            raise KilobayesError(f"--autocast {self.autocast} is not known", "known: no, bf16")
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                allowed = f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
+                raise KilobayesError(f"{_flag(name)} must be {allowed}", f"found {value}")
+        if not 0 < self.lr < math.inf:
+            raise KilobayesError("--lr must be above 0", f"found {self.lr}", "as in --lr 0.001")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                found, guess = getattr(self, name), nearest(getattr(self, name), known)
+                raise KilobayesError(
+                    f"{_flag(name)} {found} is not known",
+                    f"known: {', '.join(known)}",
+                    f"did you mean {_flag(name)} {guess}?" if guess else f"leave {_flag(name)} out",
+                )
+        if self.layers is not None and not re.fullmatch(r"\d{1,6}(\s*,\s*\d{1,6})*", self.layers.strip()):
+            raise KilobayesError(
+                "--layers takes indices of blocks", f"found {self.layers!r:.80}", "as in --layers 3,4,5"
+            )
+        share = self.held_out()
+        if share is not None and not (0 <= share < 1 or share == int(share)):
+            raise KilobayesError(
+                "--calibration must be a share below 1, or a whole number of rows",
+                f"found {self.calibration}",
+                "as in --calibration 0.2",
+            )
+
+    def held_out(self) -> float | None:
+        """``calibration`` as a number, a share below 1 or a count; None where it names a file or split."""
+        try:
+            share = float(self.calibration)
+        except ValueError:
+            return None
+        return share if math.isfinite(share) else -1.0
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same run: everything but where it is written and what is evaluated."""
         apart = {"out", "resume", "ood", "test", "limit", "max_minutes", "samples", "device"}
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in apart}
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("samples", "epochs", "batch_size", "accumulate", "limit", "limit_train"), (1, math.inf)),
+    **dict.fromkeys(("weight_decay", "clip", "max_minutes"), (0, math.inf)),
+    "max_length": (4, math.inf),
+    "warmup": (0, 1),
+    "seed": (0, 2**63 - 1),
+}
+_CHOICES = {"task": ("classify",), "autocast": ("no", "bf16"), "dtype": ("float32", "bfloat16", "float16")}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
@@ -79,19 +131,21 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if value is None and type(None) in kinds:
         return None
     kind = next(k for k in kinds if k is not type(None))
+    if kind is str and isinstance(value, list | tuple) and all(type(v) in (str, int) for v in value):
+        return ",".join(map(str, value))
+    fits = {
+        bool: isinstance(value, bool),
+        str: isinstance(value, str | int | float | Path),
+        int: isinstance(value, int | str) or (isinstance(value, float) and value.is_integer()),
+        float: isinstance(value, int | float | str),
+    }
     try:
-        if kind is bool and not isinstance(value, bool):
+        if not fits[kind] or (isinstance(value, bool) and kind in (int, float)):
             raise ValueError
-        if kind is int and isinstance(value, bool | float) and value != int(value):
-            raise ValueError
-        if kind is str and isinstance(value, list | tuple):
-            return ",".join(str(v) for v in value)
         return kind(value)
-    except (TypeError, ValueError):
-        raise KilobayesError(
-            f"--{name.replace('_', '-')} takes {'true or false' if kind is bool else f'a value of type {kind.__name__}'}",
-            f"found {value!r}",
-        ) from None
+    except (ValueError, OverflowError):
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+        raise KilobayesError(f"{_flag(name)} takes {words[kind]}", f"found {reprlib.repr(value)}") from None
 
 
 def names() -> list[str]:
@@ -104,39 +158,65 @@ def from_mapping(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         KilobayesError: an unknown key, with the nearest known one.
     """
-    aliases = {a.replace("-", "_"): f.name for f in dataclasses.fields(Options) for a in f.metadata["aliases"]}
+    aliases = {
+        a.replace("-", "_"): f.name for f in dataclasses.fields(Options) for a in f.metadata["aliases"]
+    }
     out = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
         name = aliases.get(name, name)
         if name not in names():
+            shown = f"{key!s:.60}"
             guess = nearest(name, [*names(), *aliases])
             raise KilobayesError(
-                f"{where} has an unknown key {key!r}",
+                f"{where} has an unknown key {shown!r}",
                 f"known: {', '.join(names())}",
                 f"did you mean {guess}?" if guess else "",
             )
-        out[name] = value
+        if name in out:
+            raise KilobayesError(f"{where} sets {name} twice", f"the second time as {key}", "keep one")
+        if value is not None:  # an empty value in YAML is the default
+            out[name] = value
     return out
+
+
+LARGEST_YAML = 1 << 20  # bytes
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings of a flat run.yaml.
 
     Raises:
-        KilobayesError: no such file, no valid YAML, or not flat keys and values.
+        KilobayesError: no such file, no valid YAML, references or tags in it, or not flat keys and values.
     """
     import yaml
 
+    remedy = "write lines such as lr: 0.001"
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        size = Path(path).stat().st_size
+        if size > LARGEST_YAML:
+            raise KilobayesError(f"{path} holds no settings", f"it has {size:,} bytes", remedy)
+        text = Path(path).read_text(encoding="utf-8")
+        # a few references to references make gigabytes, and settings need none
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise KilobayesError(f"{path} holds references (*name)", "settings are plain values", remedy)
+        found = yaml.safe_load(text) or {}
     except FileNotFoundError:
-        raise KilobayesError(f"{path} does not exist", remedy="name a run.yaml, or leave --config out") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        line = str(error).splitlines()[0]
-        raise KilobayesError(f"{path} is not valid YAML", line, "write lines such as lr: 0.001") from None
+        raise KilobayesError(
+            f"{path} does not exist", remedy="name a run.yaml, or leave --config out"
+        ) from None
+    except OSError as error:
+        raise KilobayesError(
+            f"{path} cannot be read", error.strerror or str(error), "name a run.yaml"
+        ) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no such date
+        lines = str(error).splitlines() or [type(error).__name__]
+        where = next((line.strip() for line in lines if "line " in line), "")
+        raise KilobayesError(
+            f"{path} is not valid YAML", " ".join(dict.fromkeys([lines[0], where])), remedy
+        ) from None
     if not isinstance(found, Mapping):
-        raise KilobayesError(f"{path} holds no settings", f"a {type(found).__name__}", "write lines such as lr: 0.001")
+        raise KilobayesError(f"{path} holds no settings", f"a {type(found).__name__}", remedy)
     return from_mapping(found, str(path))
 
 
@@ -147,4 +227,4 @@ def write_yaml(path: Path, options: Options) -> None:
     from kilobayes.files import write_text_atomically
 
     kept = {k: v for k, v in dataclasses.asdict(options).items() if k != "resume"}
-    write_text_atomically(path, yaml.safe_dump(kept, sort_keys=False))
+    write_text_atomically(path, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))

@@ -1,29 +1,36 @@
 """A run's folder: the mean as a PEFT checkpoint, the posterior beside it, and what made them.
 
-``adapter_config.json`` and ``adapter_model.safetensors`` hold the posterior mean, which ``PeftModel.from_pretrained``
-loads after ``import kilobayes``; ``posterior.safetensors`` and ``posterior.json`` the posterior; ``run.yaml`` the
-settings. Everything is written beside its place and renamed, then read back and compared.
+``adapter_config.json`` and ``adapter_model.safetensors`` hold the posterior mean, which
+``PeftModel.from_pretrained`` loads after ``import kilobayes``; ``posterior.safetensors`` and ``posterior.json``
+the posterior; ``run.yaml`` the settings. Everything is written beside its place and renamed, then read back and
+compared.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import reprlib
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
+from peft import PeftModel
 from torch import nn
 
 from kilobayes import __version__, host, spec, tree
 from kilobayes.checkpoint import read_tensors, write_atomically
 from kilobayes.errors import KilobayesError
 from kilobayes.files import write_json
-from kilobayes.types import Posterior
+from kilobayes.hub import first_line
+from kilobayes.posteriors import ask
+from kilobayes.random import generator
+from kilobayes.types import Params, Posterior
 
 FORMAT = 1
+LABEL_KINDS = ("str", "int", "float", "bool")
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class Card:
         seed: seed of the draws.
         target_modules: sites of the adapter.
         dtype: of the base.
+        paired: whether the rows are pairs of texts.
+        label_kind: type of the labels that the classes name: str, int, float or bool.
         version, format: of the library and the files.
     """
 
@@ -52,8 +61,23 @@ class Card:
     seed: int
     target_modules: list[str]
     dtype: str = "float32"
+    paired: bool = False
+    label_kind: str = "str"
     version: str = __version__
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            parts = value if isinstance(value, list) else []
+            if type(value) is not (get_origin(kind) or kind) or any(type(part) is not str for part in parts):
+                raise ValueError(f"{name} is {reprlib.repr(value)}")
+        if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
+            raise ValueError(f"classes are {reprlib.repr(self.classes)}")
+        if self.samples < 1 or self.max_length < 1 or self.label_kind not in LABEL_KINDS:
+            raise ValueError(
+                f"{self.samples} samples, {self.max_length} tokens, labels of {self.label_kind!r:.20}"
+            )
 
 
 def save(folder: Path, model: nn.Module, posterior: Posterior, state: Any, card: Card) -> dict[str, int]:
@@ -69,11 +93,20 @@ def save(folder: Path, model: nn.Module, posterior: Posterior, state: Any, card:
     tensors = tree.flatten_state(state)
     write_atomically(folder / "posterior.safetensors", tensors)
     write_json(folder / "posterior.json", asdict(card))
+    for name in (
+        "posterior.safetensors",
+        "adapter_model.safetensors",
+    ):  # safetensors makes them the owner's alone
+        shutil.copymode(folder / "posterior.json", folder / name)
     back, _ = read_tensors(folder / "posterior.safetensors")
-    odd = tree.first_difference(back, {k: v.detach().cpu() for k, v in tensors.items()}) or _reload_difference(folder, model)
+    odd = tree.first_difference(
+        back, {k: v.detach().cpu() for k, v in tensors.items()}
+    ) or _reload_difference(folder, model)
     if odd:
         raise KilobayesError(
-            f"{folder} does not read back as it was written", f"first difference: {odd}", "save again to another disk"
+            f"{folder} does not read back as it was written",
+            f"first difference: {odd}",
+            "save again to another disk",
         )
     heads = sum(tree.total_bytes(v[None] for v in h.parameters()) for h in host.heads(model).values())
     return {
@@ -86,14 +119,20 @@ def save(folder: Path, model: nn.Module, posterior: Posterior, state: Any, card:
 
 def save_adapter(folder: Path, model: nn.Module) -> None:
     """PEFT's own files, each put in place by a rename."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as part:
-        model.save_pretrained(part, save_embedding_layers=False)  # type: ignore[operator]
+    part = folder / ".saving"  # one name, so that what a killed run left is written over
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        model.save_pretrained(str(part), save_embedding_layers=False)  # type: ignore[operator]
         for name in ("adapter_model.safetensors", "adapter_config.json"):
-            shutil.move(str(Path(part) / name), folder / name)
+            with open(part / name, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part / name, folder / name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _reload_difference(folder: Path, model: nn.Module) -> str:
-    """The first leaf that a fresh load of the checkpoint gets wrong: heads have been lost here before, by others."""
+    """The first leaf that a fresh load of the checkpoint gets wrong; others have lost heads here."""
     name = host.active(model)
     model.load_adapter(str(folder), adapter_name="reloaded")  # type: ignore[operator]
     theirs = {k: v.detach().clone() for k, v in host.read(model, "reloaded").items()}
@@ -120,31 +159,82 @@ def read_card(folder: Path) -> Card:
         if not isinstance(found, Mapping):
             raise ValueError("not an object")
         known = set(Card.__dataclass_fields__)
-        if found.get("format", FORMAT) > FORMAT:
+        if int(found.get("format", FORMAT)) > FORMAT:
             raise KilobayesError(
-                f"{path} was written by a newer kilobayes", f"version {found.get('version')}", "pip install -U kilobayes"
+                f"{path} was written by a newer kilobayes",
+                f"version {found.get('version')}",
+                "pip install -U kilobayes",
             )
         return Card(**{k: v for k, v in found.items() if k in known})
-    except (ValueError, TypeError) as error:
-        raise KilobayesError(f"{path} is damaged", str(error), "copy it again from where it was made") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise KilobayesError(
+            f"{path} is damaged", str(error)[:300], "copy it again from where it was made"
+        ) from None
 
 
-def read_state(folder: Path, card: Card) -> tuple[Posterior, Any]:
+def read_state(folder: Path, card: Card, leaves: Params) -> tuple[Posterior, Any]:
     """The posterior and its state.
 
+    Args:
+        leaves: those of the model that it is for ``(K, ...)``.
+
     Raises:
-        KilobayesError: the file is missing, damaged, or lacks a part that the posterior needs.
+        KilobayesError: the file is missing, damaged, lacks a part that the posterior needs, or is of another
+            model.
     """
+    path = folder / "posterior.safetensors"
     posterior = spec.posterior(card.posterior)
-    tensors, _ = read_tensors(folder / "posterior.safetensors")
+    tensors, _ = read_tensors(path)
+    remedy = "copy the run's folder whole"
     try:
-        return posterior, tree.unflatten_state(posterior, tensors)
+        state = tree.unflatten_state(posterior, tensors)
+        drawn = posterior.sample(
+            state, posterior.support(state) or ask.members(posterior), generator(card.seed)
+        )
+        odd = tree.first_difference(
+            {k: v.new_zeros(v.shape[1:]) for k, v in drawn.items()},
+            {k: v.new_zeros(v.shape[1:]) for k, v in leaves.items()},
+        )
+        if odd or tree.size(posterior.mean(state)) != ask.members(posterior):
+            raise ValueError(f"its {odd or 'number of members'} does not fit")
+        bad = next((k for k, v in tensors.items() if not v.isfinite().all()), None)
+        if bad is not None:
+            raise ValueError(f"{bad} holds what is no number")
     except KeyError as error:
+        found = f"{error.args[0]} is missing"
+        raise KilobayesError(f"{path} does not hold a {card.posterior}", found, remedy) from None
+    except (ValueError, RuntimeError, IndexError, StopIteration) as error:
+        found = first_line(error)
         raise KilobayesError(
-            f"{folder / 'posterior.safetensors'} does not hold a {card.posterior}",
-            f"{error.args[0]} is missing",
-            "copy the run's folder whole",
+            f"{path} does not hold a {card.posterior} of this model", found, remedy
         ) from None
+    return posterior, state
+
+
+def read_adapter(folder: Path, base: nn.Module, card: Card) -> nn.Module:
+    """The base with the run's mean hosted on it.
+
+    Raises:
+        KilobayesError: PEFT's files are missing, damaged, or hold another adapter than the card says.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():  # PEFT would look for a pickle, then ask the hub
+            raise KilobayesError(f"{folder / name} is missing", remedy="copy the run's folder whole")
+    read_tensors(folder / "adapter_model.safetensors")
+    try:
+        model: nn.Module = PeftModel.from_pretrained(base, str(folder))  # type: ignore[arg-type]
+        found, sites = repr(host.method(model)), {site.name for site in host.sites(model)}
+    except Exception as error:  # many kinds: a damaged configuration meets two libraries
+        raise KilobayesError(
+            f"the adapter in {folder} cannot be loaded", first_line(error), "copy the run's folder whole"
+        ) from None
+    if found != repr(spec.adapter(card.adapter)) or sites != set(card.target_modules):
+        raise KilobayesError(
+            f"adapter_config.json and posterior.json in {folder} are of different runs",
+            f"{found} and {card.adapter}, on {len(sites)} and {len(card.target_modules)} modules",
+            "copy the run's folder whole",
+        )
+    return model
 
 
 def check_fingerprint(card: Card, found: str) -> None:

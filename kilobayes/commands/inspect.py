@@ -17,14 +17,26 @@ from kilobayes.errors import KilobayesError
 from kilobayes.model_files import model_folder
 from kilobayes.options import Options
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scikit-learn", "datasets", "matplotlib")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "scikit-learn",
+    "datasets",
+    "matplotlib",
+)
 
 
 def check(options: Options, *, as_json: bool) -> None:
     from kilobayes.workflows.data import load_splits
+    from kilobayes.workflows.folder import place
 
     spec.check(options.adapter, ADAPTERS)
     spec.check(options.posterior, POSTERIORS)
+    options = place(options)
     splits = load_splits(options)
     folder = model_folder(options.model)
     steps = -(-len(splits.train) // options.batch_size) * options.epochs
@@ -34,23 +46,26 @@ def check(options: Options, *, as_json: bool) -> None:
         "posterior": options.posterior,
         "classes": splits.train.classes,
         "training_rows": len(splits.train),
-        "calibration_rows": len(splits.calibration),
-        "test_rows": len(splits.test or []),
+        "calibration_rows": len(splits.calibration or []),
+        "test_rows": len(splits.test),
         "test_split": splits.test_name,
+        "ood_rows": len(splits.ood or []),
         "optimiser_steps": steps,
+        "out": options.out,
         "notes": splits.notes,
     }
     if as_json:
         console.result({"ok": True} | facts | {"options": dataclasses.asdict(options)})
     else:
         for key, value in facts.items():
-            console.say(f"{key.replace('_', ' ')}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+            shown = ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
+            console.say(f"{key.replace('_', ' ')}: {shown}")
         console.say("all good; kilobayes train with the same flags trains")
 
 
 def list_methods(model: str | None, targets: str | None, *, as_json: bool) -> None:
     sizes = _sizes(model, targets) if model else {}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"kind": kind[:-1], "name": e.name, "summary": e.summary, "arxiv": e.paper, "options": e.defaults}
         | ({"bytes": sizes[e.name]} if e.name in sizes else {})
         for kind in (ADAPTERS, POSTERIORS)
@@ -59,20 +74,26 @@ def list_methods(model: str | None, targets: str | None, *, as_json: bool) -> No
     if as_json:
         console.result({"methods": rows, "model": model})
         return
-    from rich.table import Table
+    from rich.padding import Padding
+    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("kind", "method", "what", "arXiv", *(["bytes, fp32"] if sizes else [])):
-        table.add_column(column)
+    out = console.Console(highlight=False)
     for row in rows:
         shown = ", ".join(f"{k}={v}" if v else k for k, v in row["options"].items())
-        size = [f"{row['bytes']:,}" if "bytes" in row else ""] if sizes else []
-        table.add_row(row["kind"], f"{row['name']}({shown})", row["summary"], row["arxiv"], *size, end_section=True)
-    console.Console().print(table)
+        title = Text.assemble(
+            (f"{row['kind']} ", "dim"), (f"{row['name']}({shown})", "bold"), overflow="fold"
+        )
+        out.print(title)
+        facts = [
+            f"arXiv:{row['arxiv']}" if row["arxiv"] else "",
+            f"{row['bytes']:,} bytes" if "bytes" in row else "",
+        ]
+        told = " ".join([row["summary"], *(f for f in facts if f)])
+        out.print(Padding(Text(told), (0, 0, 1, 4)))
 
 
 def _sizes(model: str, targets: str | None) -> dict[str, int]:
-    """Bytes of each adapter at its defaults on a model, in float32, heads apart: nothing is loaded or trained."""
+    """Bytes of each adapter at its defaults on a model, in float32, heads apart; no weights are loaded."""
     import torch
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -84,8 +105,12 @@ def _sizes(model: str, targets: str | None) -> dict[str, int]:
         config = AutoConfig.from_pretrained(model_folder(model))
         with torch.device("meta"):
             base = AutoModelForSequenceClassification.from_config(config)
-        chosen: Any = [t.strip() for t in targets.split(",")] if targets and targets != "all-linear" else targets
-        hosted = get_peft_model(base, host.KilobayesConfig(adapter=name, target_modules=chosen, task_type="SEQ_CLS"))
+        chosen: Any = (
+            [t.strip() for t in targets.split(",")] if targets and targets != "all-linear" else targets
+        )
+        hosted = get_peft_model(
+            base, host.KilobayesConfig(adapter=name, target_modules=chosen, task_type="SEQ_CLS")
+        )
         heads = {f"{path}/" for path in host.heads(hosted)}
         leaves = {k: v for k, v in host.read(hosted).items() if not any(k.startswith(h) for h in heads)}
         out[name] = 4 * tree.numbers(leaves)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kilobayes.errors import KilobayesError
 from kilobayes.metrics import Evaluation, Interval, Spread, over_seeds
+from kilobayes.options import Options, read_yaml
 from kilobayes.workflows import evaluate as work
 from kilobayes.workflows.finetune import load
-from kilobayes.workflows.run import stored_cost
+from kilobayes.workflows.folder import stored_cost
 
 Rows = Callable[[list[str]], tuple[Any, Any, str]]
 
@@ -28,7 +29,9 @@ class Compared:
         """One line an arm that ran with several seeds."""
         out = []
         for name, spread in self.spreads.items():
-            shown = ", ".join(f"{k} {spread[k].mean:.3f}±{spread[k].std:.3f}" for k in ("accuracy", "nll", "ece"))
+            shown = ", ".join(
+                f"{k} {spread[k].mean:.3f}±{spread[k].std:.3f}" for k in ("accuracy", "nll", "ece")
+            )
             out.append(f"{name} over {spread['nll'].n} seeds: {shown}")
         return out
 
@@ -38,16 +41,35 @@ class Compared:
 
 
 def _plain(spread: dict[str, Spread]) -> dict[str, dict[str, float]]:
-    return {k: {"mean": float(s.mean), "std": float(s.std), "n": int(s.n)} for k, s in spread.items() if s.mean == s.mean}
+    return {
+        k: {"mean": float(s.mean), "std": float(s.std), "n": int(s.n)}
+        for k, s in spread.items()
+        if s.mean == s.mean
+    }
 
 
-def pool(evaluations: Sequence[Evaluation], summaries: Sequence[dict[str, Interval]]) -> dict[str, dict[str, Spread]]:
-    """The spread over seeds of arms that share everything but the seed and ran more than once."""
-    groups: dict[str, list[dict[str, Interval]]] = {}
-    for evaluation, summary in zip(evaluations, summaries, strict=True):
-        same = {k: v for k, v in evaluation.spec.items() if k != "seed"}
-        groups.setdefault(f"{same['adapter']} + {same['posterior']} on {same['model']}", []).append(summary)
-    return {name: over_seeds(found) for name, found in groups.items() if len(found) > 1}
+def same_but_seed(folder: Path, spec: Mapping[str, str]) -> str:
+    """Equal for runs whose settings differ in nothing but the seed."""
+    try:
+        settings = Options(**read_yaml(folder / "run.yaml")).identity()
+    except KilobayesError:  # a run that was saved in Python, or whose settings are of another version
+        settings = dict(spec)
+    return repr(sorted((k, v) for k, v in settings.items() if k != "seed"))
+
+
+def pool(
+    folders: Sequence[Path], evaluations: Sequence[Evaluation], summaries: Sequence[dict[str, Interval]]
+) -> dict[str, dict[str, Spread]]:
+    """The spread over seeds of runs that share everything but the seed, by the names of their folders."""
+    groups: dict[str, dict[str, tuple[Path, dict[str, Interval]]]] = {}
+    for folder, evaluation, summary in zip(folders, evaluations, summaries, strict=True):
+        group = groups.setdefault(same_but_seed(folder, evaluation.spec), {})
+        group.setdefault(evaluation.spec["seed"], (folder, summary))  # a seed counts once
+    return {
+        ", ".join(folder.name for folder, _ in group.values()): over_seeds([s for _, s in group.values()])
+        for group in groups.values()
+        if len(group) > 1
+    }
 
 
 def compare(
@@ -65,10 +87,15 @@ def compare(
         rows: gives examples, out-of-distribution examples or None, and the split's name, for given classes.
 
     Raises:
-        KilobayesError: fewer than one run, a damaged one, or runs of different classes.
+        KilobayesError: fewer than one run, one twice, a damaged one, or runs of different classes.
     """
+    twice = [str(f) for i, f in enumerate(folders) if f.resolve() in {g.resolve() for g in folders[:i]}]
+    if twice:
+        raise KilobayesError("a run is named twice", ", ".join(twice), "name each run once")
     if not folders:
-        raise KilobayesError("there is nothing to compare", remedy="name runs, as in kilobayes compare runs/a runs/b")
+        raise KilobayesError(
+            "there is nothing to compare", remedy="name runs, as in kilobayes compare runs/a runs/b"
+        )
     evaluations: list[Evaluation] = []
     classes: list[str] | None = None
     found: tuple[Any, Any, str] | None = None
@@ -90,6 +117,5 @@ def compare(
         evaluations.append(evaluation)
     assert found is not None
     facts = {"source": data, "split": found[2], "rows": len(found[0])}
-    out.mkdir(parents=True, exist_ok=True)
     summaries = work.write_outputs(out, evaluations, work.metadata(f"Runs compared on {data}", facts, []))
-    return Compared(evaluations, summaries, pool(evaluations, summaries))
+    return Compared(evaluations, summaries, pool(folders, evaluations, summaries))

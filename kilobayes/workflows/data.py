@@ -18,14 +18,18 @@ class Splits:
     """The rows of a run.
 
     Attributes:
+        calibration: rows that are never trained on, or None with ``calibration`` 0.
+        test: rows to evaluate on; the calibration rows where there are no others.
+        own_test: whether ``test`` is apart from the calibration rows.
         notes: what a reader of the report must know about them.
     """
 
     train: Examples
-    calibration: Examples
-    test: Examples | None
+    calibration: Examples | None
+    test: Examples
     ood: Examples | None
     test_name: str
+    own_test: bool
     notes: list[str]
 
 
@@ -58,32 +62,47 @@ def load_splits(options: Options, source: Any = None) -> Splits:
     if options.limit_train is not None:
         train = load_examples(everything, limit=options.limit_train, seed=options.seed)
     known = everything.classes
-    try:
-        share = float(options.calibration)
-    except ValueError:
-        share = 0.0
+    share = options.held_out()
+    calibration: Examples | None = None
     if share:
         wanted: float | int = share if share < 1 else int(share)
         kept, held = stratified_holdout(train.labels or [], wanted, options.seed)
         train, calibration = train.take(kept), train.take(held)
-    elif options.calibration in there:
+    elif share is None and options.calibration in there:
         calibration = load_examples(source, options.calibration, classes=known, **named)
-    else:
-        calibration = load_examples(options.calibration, classes=known, **named)
+    elif share is None:
+        split = first_test(available_splits(options.calibration))
+        calibration = load_examples(options.calibration, split, classes=known, **named)
     test, test_name, notes = _test(options, source, there, known)
+    if own_test := test is not None:
+        evaluated = test
+    elif calibration is not None:
+        evaluated = calibration
+    else:
+        raise KilobayesError(
+            "there are no rows to evaluate on", "no test split, and --calibration 0", "name some with --test"
+        )
     if train_split in (test_name, options.test):
         notes.append("The rows evaluated on were trained on.")
     ood = None
     if options.ood:
-        ood = load_examples(options.ood, first_test(available_splits(options.ood)), need_labels=False, limit=options.limit)
-    return Splits(train, calibration, test, ood, test_name, notes)
+        ood = load_examples(
+            options.ood, first_test(available_splits(options.ood)), need_labels=False, limit=options.limit
+        )
+    _alike(train, {"calibration": calibration, "test": evaluated, "out-of-distribution": ood})
+    notes += repeated(train, evaluated) if own_test else []
+    return Splits(train, calibration, evaluated, ood, test_name, own_test, notes)
 
 
-def _test(options: Options, source: Any, there: list[str], known: list[str]) -> tuple[Examples | None, str, list[str]]:
+def _test(
+    options: Options, source: Any, there: list[str], known: list[str]
+) -> tuple[Examples | None, str, list[str]]:
     named = columns(options)
     if options.test and options.test not in there:
         name = options.test
-        test = load_examples(name, first_test(available_splits(name)), classes=known, limit=options.limit, **named)
+        test = load_examples(
+            name, first_test(available_splits(name)), classes=known, limit=options.limit, **named
+        )
         return test, name, []
     name = options.test or next((t for t in TESTS if t in there and t != options.calibration), "")
     if name:
@@ -95,7 +114,30 @@ def _test(options: Options, source: Any, there: list[str], known: list[str]) -> 
                 raise  # a hub's test split without labels falls back to validation; anything else is an error
             test = load_examples(source, "validation", classes=known, limit=options.limit, **named)
             return test, "validation", ["The test split has no usable labels; validation is used."]
-    return None, "calibration", ["There is no test split: the figures are of the rows that were also calibrated on."]
+    return (
+        None,
+        "calibration",
+        ["There is no test split: the figures are of the rows that were also calibrated on."],
+    )
+
+
+def _alike(train: Examples, others: dict[str, Examples | None]) -> None:
+    for name, rows in others.items():
+        if rows is not None and (rows.pairs is None) != (train.pairs is None):
+            raise KilobayesError(
+                f"the {name} rows are not of the kind of the training rows",
+                "single texts in one, pairs in the other",
+                "name the columns with --text-column and --pair-column",
+            )
+
+
+def repeated(train: Examples, test: Examples) -> list[str]:
+    """A note if rows that are evaluated on were also trained on, word for word."""
+    seen = set(zip(train.texts, train.pairs or train.texts, strict=True))
+    count = sum(row in seen for row in zip(test.texts, test.pairs or test.texts, strict=True))
+    if not count:
+        return []
+    return [f"{count} of the {len(test)} rows evaluated on are also among the training rows, word for word."]
 
 
 def first_test(splits: list[str]) -> str | None:

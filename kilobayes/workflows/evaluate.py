@@ -39,7 +39,11 @@ def evaluate(
         KilobayesError: the rows have no labels.
     """
     if examples.labels is None:
-        raise KilobayesError("there are no labels to evaluate against", remedy="name one, as in --label-column label")
+        raise KilobayesError(
+            "there are no labels to evaluate against", remedy="name one, as in --label-column label"
+        )
+    if not len(examples):
+        raise KilobayesError("there are no rows to evaluate on")
     predictive = fitted.predict(examples, samples)
     other = fitted.predict(ood, samples) if ood is not None and len(ood) else None
     evaluation = Evaluation(
@@ -70,8 +74,10 @@ def arm_name(fitted: Fitted) -> str:
     return f"{adapter} + {spec.format(spec.posterior(fitted.card.posterior))}"
 
 
-def prediction_rows(classes: Sequence[str], predictive: Predictive, examples: Examples) -> Iterator[dict[str, Any]]:
-    """One record a row, in order: label, probabilities, confidence, entropy and mutual information in nats."""
+def prediction_rows(
+    classes: Sequence[str], predictive: Predictive, examples: Examples
+) -> Iterator[dict[str, Any]]:
+    """One record a row, in order: label, probabilities, confidence, entropy and mutual information (nats)."""
     probs, entropy, information = predictive.probs, predictive.entropy, predictive.mutual_info
     for i in range(len(examples)):
         best = int(probs[i].argmax())
@@ -93,14 +99,17 @@ def prediction_rows(classes: Sequence[str], predictive: Predictive, examples: Ex
 def headline(evaluation: Evaluation, summary: dict[str, Interval]) -> dict[str, Any]:
     """The figures that ``--json`` prints: each metric, rows, bytes and seconds."""
     values = {k: None if np.isnan(v.value) else round(float(v.value), 6) for k, v in summary.items()}
-    limits = {k: [None if np.isnan(e) else round(float(e), 6) for e in (v.low, v.high)] for k, v in summary.items()}
+    limits = {
+        k: [None if np.isnan(e) else round(float(e), 6) for e in (v.low, v.high)] for k, v in summary.items()
+    }
     return {
         "name": evaluation.name,
         **values,
         "n": len(evaluation.labels),
         "bins": BINS,
         "bytes": int(evaluation.cost.get("stored_bytes", 0)),
-        "seconds": round(evaluation.cost.get("seconds", 0.0), 3),
+        "seconds": round(evaluation.cost.get("seconds", 0.0), 3),  # of training
+        "peak_bytes": int(evaluation.cost.get("peak_bytes", 0)),
         "intervals_95": limits,
         **evaluation.spec,
     }

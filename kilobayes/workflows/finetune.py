@@ -24,7 +24,7 @@ from kilobayes.options import Options
 from kilobayes.posteriors import ask
 from kilobayes.predict import CalibrationEnergy, Predictive, Rows, class_nll, predict
 from kilobayes.random import generator
-from kilobayes.tasks.classify import Classify
+from kilobayes.tasks.classify import Classify, Encoded
 from kilobayes.tasks.data import Examples
 from kilobayes.types import Params, Posterior, Progress
 
@@ -52,14 +52,35 @@ class Fitted:
     trained: train.Trained | None = None
     cost: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def predict(self, examples: Examples, samples: int | None = None, batch_size: int = 32) -> Predictive:
+    def encode(self, examples: Examples) -> Encoded:
+        """Tokens of rows that are of the kind that the run was trained on.
+
+        Raises:
+            KilobayesError: single texts where the run was trained on pairs, or pairs where it was not.
+        """
+        if (examples.pairs is not None) != self.card.paired:
+            one, two = "single texts", "pairs of texts"
+            raise KilobayesError(
+                f"this run was trained on {two if self.card.paired else one}",
+                f"the data hold {one if self.card.paired else two}",
+                "name the columns with --text-column A --pair-column B"
+                if self.card.paired
+                else "name the column with --text-column A",
+            )
+        return self.task.encode(examples)
+
+    def predict(
+        self, rows: Examples | Encoded, samples: int | None = None, batch_size: int = 32
+    ) -> Predictive:
         """The posterior predictive; draws come from the run's own seed, so it repeats."""
+        if samples is not None and samples < 1:
+            raise KilobayesError("samples must be at least 1", f"found {samples}")
         return predict(
             self.model,
             self.posterior,
             self.state,
             self.task,
-            self.task.encode(examples),
+            rows if isinstance(rows, Encoded) else self.encode(rows),
             samples=samples or self.card.samples,
             gen=generator(self.card.seed, 7),
             batch_size=batch_size,
@@ -77,8 +98,13 @@ def attach(base: Base, options: Options) -> PeftModel:
         targets = [t.strip() for t in targets.split(",")]
     layers = [int(i) for i in options.layers.split(",")] if options.layers else None
     if layers and targets is None:
-        targets = _default_targets(base.model)
-    elsewhere = sorted({n.rpartition(".")[0] for n in base.fresh if n.split(".")[0] not in ("classifier", "score")})
+        kind, known = base.model.config.model_type, host.KilobayesModel.target_module_mapping
+        if kind not in known:
+            raise KilobayesError("--layers needs --target-modules here", f"no defaults are known for {kind}")
+        targets = list(known[kind])
+    elsewhere = sorted(
+        {n.rpartition(".")[0] for n in base.fresh if n.split(".")[0] not in ("classifier", "score")}
+    )
     config = host.KilobayesConfig(
         adapter=options.adapter,
         target_modules=targets,
@@ -90,16 +116,8 @@ def attach(base: Base, options: Options) -> PeftModel:
     return get_peft_model(base.model, config)  # type: ignore[arg-type]
 
 
-def _default_targets(model: Any) -> list[str]:
-    kind = model.config.model_type
-    mapping = host.KilobayesModel.target_module_mapping
-    if kind not in mapping:
-        raise KilobayesError("--layers needs --target-modules here", f"no defaults are known for {kind}")
-    return list(mapping[kind])
-
-
 def start(model: nn.Module, base: Base, seeds: list[int]) -> Params:
-    """Initial leaves of a stack, member s from ``seeds[s]`` alone; a new head gets its own start for each member."""
+    """Initial leaves of a stack, member s from ``seeds[s]`` alone; a new head has a start for each."""
     theta, _ = host.initial(host.method(model), host.sites(model), seeds)
     for key, value in host.read(model).items():
         if key in theta:
@@ -151,11 +169,15 @@ def fit_examples(
     """
     posterior = spec.posterior(options.posterior)
     if ask.needs_calibration(posterior) and not calibration:
-        raise KilobayesError(f"{options.posterior} needs rows to calibrate on", "none", "as in --calibration 0.2")
+        raise KilobayesError(
+            f"{options.posterior} needs rows to calibrate on", "none", "as in --calibration 0.2"
+        )
     base = load_base(options.model, examples.classes, dtype=options.dtype, device=device_of(options.device))
     print_ = fingerprint(base.model, exclude=(*base.fresh, "classifier", "score"))
     model = attach(base, options)
-    task = Classify(base.tokenizer, tuple(examples.classes), min(options.max_length, base.longest or options.max_length))
+    task = Classify(
+        base.tokenizer, tuple(examples.classes), min(options.max_length, base.longest or options.max_length)
+    )
     seeds = member_seeds(options.seed, ask.members(posterior))
     encoded = task.encode(examples)
     save = None
@@ -193,6 +215,7 @@ def fit_examples(
         seed=options.seed,
         target_modules=[site.name for site in host.sites(model)],
         dtype=options.dtype,
+        paired=examples.pairs is not None,
     )
     numbers = sum(v[0].numel() for v in host.read(model).values())
     cost = dict(cost) | {"trained_bytes": 4.0 * numbers * len(seeds)}
@@ -218,6 +241,7 @@ def load(folder: Path, *, model: str | None = None, device: str = "auto") -> Fit
     name = model or card.base
     base = load_base(name, card.classes, dtype=card.dtype, device=device_of(device))
     store.check_fingerprint(card, fingerprint(base.model, exclude=(*base.fresh, "classifier", "score")))
-    posterior, state = store.read_state(folder, card)
-    hosted = PeftModel.from_pretrained(base.model, str(folder))  # type: ignore[arg-type]
-    return Fitted(hosted, Classify(base.tokenizer, tuple(card.classes), card.max_length), posterior, state, card)
+    model_ = store.read_adapter(folder, base.model, card)
+    posterior, state = store.read_state(folder, card, host.read(model_))
+    task = Classify(base.tokenizer, tuple(card.classes), card.max_length)
+    return Fitted(model_, task, posterior, state, card)

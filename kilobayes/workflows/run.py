@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from kilobayes import spec, store
-from kilobayes.errors import KilobayesError
-from kilobayes.files import write_json, write_lines, write_text_atomically
+from kilobayes.files import write_json, write_text_atomically
 from kilobayes.metrics import Evaluation, Interval
 from kilobayes.options import Options, write_yaml
 from kilobayes.workflows import evaluate as evaluation
 from kilobayes.workflows.data import Splits, load_splits
 from kilobayes.workflows.finetune import Fitted, Watch, fit_examples
+from kilobayes.workflows.folder import CHECKPOINT, Log, place
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,30 +31,13 @@ class Finished:
     sizes: dict[str, int]
 
 
-def default_folder(options: Options) -> Path:
-    """``runs/DATA-POSTERIOR-SEED``, of letters, digits and dashes."""
-    data = Path(options.data).name.split(".")[0] or "data"
-    words = re.sub(r"[^A-Za-z0-9]+", "-", f"{data}-{options.posterior}-{options.seed}").strip("-").lower()
-    return Path("runs") / words
-
-
-def check_folder(folder: Path, resume: bool) -> None:
-    """Raises:
-    KilobayesError: the folder holds something already that this run would overwrite.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise KilobayesError(f"{folder} is a file", remedy="name a folder with --out")
-    if resume or not folder.exists():
-        return
-    if (folder / "posterior.json").exists() or (folder / "checkpoints").exists():
-        raise KilobayesError(
-            f"{folder} holds a run already",
-            "finished" if (folder / "posterior.json").exists() else "unfinished",
-            "go on with --resume, or name another folder with --out",
-        )
-
-
-def train(options: Options, *, source: Any = None, watch: Watch | None = None, say: Callable[[str], None] = str) -> Finished:
+def train(
+    options: Options,
+    *,
+    source: Any = None,
+    watch: Watch | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Finished:
     """Train, calibrate, save, evaluate and report.
 
     Args:
@@ -63,62 +46,73 @@ def train(options: Options, *, source: Any = None, watch: Watch | None = None, s
         say: told of each stage in a line.
 
     Raises:
-        KilobayesError: as everything it calls; a folder that holds another run.
+        KilobayesError: as everything it calls; a folder that holds another run, or this one finished.
     """
     spec.check(options.adapter, "adapters")
     spec.check(options.posterior, "posteriors")
-    folder = Path(options.out) if options.out else default_folder(options)
-    check_folder(folder, options.resume)
+    options = place(options)
+    folder = Path(options.out)
     splits = load_splits(options, source)
     say(_card(options, splits))
     folder.mkdir(parents=True, exist_ok=True)
-    options = replace(options, out=str(folder))
     write_yaml(folder / "run.yaml", options)
     write_json(folder / "env.json", evaluation.versions() | {"command": evaluation.command()})
-    log = folder / "log.jsonl"
-    records: list[dict[str, Any]] = []
+    log = Log(folder / "log.jsonl", options.resume)
+    planned = 0
 
     def logged(progress: Any, loss: Any) -> None:
-        records.append({"step": progress.step, "steps": progress.steps, "loss": [round(float(v), 6) for v in loss]})
+        nonlocal planned
+        planned = progress.steps
+        log.add(progress.step, progress.steps, loss.tolist())
         if watch is not None:
             watch(progress, loss)
 
-    fitted = fit_examples(
-        options,
-        splits.train,
-        splits.calibration,
-        checkpoint=folder / "checkpoints" / "latest.safetensors",
-        watch=logged,
-    )
-    write_lines(log, records)
+    try:
+        fitted = fit_examples(
+            options, splits.train, splits.calibration, checkpoint=folder / CHECKPOINT, watch=logged
+        )
+    finally:
+        log.close()
+    if fitted.trained is not None:
+        losses = fitted.trained.losses.tolist()
+        log.whole(losses, planned or len(losses))
     sizes = store.save(folder, fitted.model, fitted.posterior, fitted.state, fitted.card)
     stored = float(sizes["checkpoint"] + sizes["posterior"])
     fitted = replace(fitted, cost=fitted.cost | {"stored_bytes": stored})
     write_json(folder / "cost.json", {k: round(v, 3) for k, v in fitted.cost.items()} | {"sizes": sizes})
-    for line in warnings_of(fitted, splits):
-        say(line)
-    test = splits.test or splits.calibration
-    found, predictive = evaluation.evaluate(fitted, test, splits.ood)
-    meta = evaluation.metadata(
-        f"{Path(options.data).name or 'data'}: {found.name}", facts(options, splits), splits.notes + warnings_of(fitted, splits)
-    )
-    rows = evaluation.prediction_rows(fitted.card.classes, predictive, test)
-    (summary,) = evaluation.write_outputs(folder, [found], meta, rows)
+    rows = fitted.encode(splits.test)
+    notes = [
+        *splits.notes,
+        *warnings_of(fitted, splits),
+        *cut(rows.truncated, len(rows), fitted, "evaluated"),
+    ]
+    for line in notes:
+        say(f"note: {line}")
+    found, predictive = evaluation.evaluate(fitted, splits.test, splits.ood)
+    title = f"{Path(options.data).name or 'data'}: {found.name}"
+    meta = evaluation.metadata(title, facts(options, splits), notes)
+    records = evaluation.prediction_rows(fitted.card.classes, predictive, splits.test)
+    (summary,) = evaluation.write_outputs(folder, [found], meta, records)
+    # the last file: what is not there yet after a kill, --resume writes again
     write_text_atomically(folder / "README.md", model_card(fitted, found, summary, splits, sizes))
     return Finished(folder, fitted, splits, found, summary, sizes)
 
 
+def cut(count: int, rows: int, fitted: Fitted, kind: str) -> list[str]:
+    """A note that rows lost their end, if any did."""
+    if not count:
+        return []
+    limit = fitted.card.max_length
+    return [f"{count} {kind} rows ({count / rows:.0%}) were cut at {limit} tokens; --max-length sets it."]
+
+
 def warnings_of(fitted: Fitted, splits: Splits) -> list[str]:
     """What a person should know about how training went."""
-    out = []
-    if fitted.truncated:
-        share = fitted.truncated / len(splits.train)
-        out.append(
-            f"{fitted.truncated} training rows ({share:.0%}) were cut at {fitted.card.max_length} tokens; "
-            "--max-length sets it."
-        )
+    out = cut(fitted.truncated, len(splits.train), fitted, "training")
     if fitted.trained is not None and fitted.trained.diverged:
-        out.append(f"Members {fitted.trained.diverged} diverged and were frozen where they did; try a lower --lr.")
+        out.append(
+            f"Members {fitted.trained.diverged} diverged and were frozen where they did; try a lower --lr."
+        )
     if fitted.trained is not None and fitted.trained.stopped:
         out.append("Training stopped at --max-minutes, before its schedule ended.")
     return out
@@ -130,8 +124,8 @@ def facts(options: Options, splits: Splits) -> dict[str, Any]:
         "source": options.data or "in memory",
         "classes": ", ".join(splits.train.classes),
         "training rows": len(splits.train),
-        "calibration rows": len(splits.calibration),
-        f"rows evaluated ({splits.test_name})": len(splits.test or splits.calibration),
+        "calibration rows": len(splits.calibration or []),
+        f"rows evaluated ({splits.test_name})": len(splits.test),
     }
     if splits.ood is not None:
         out["out-of-distribution rows"] = f"{len(splits.ood)} of {options.ood}"
@@ -139,19 +133,13 @@ def facts(options: Options, splits: Splits) -> dict[str, Any]:
 
 
 def _card(options: Options, splits: Splits) -> str:
+    rows = f"{len(splits.train)} training and {len(splits.calibration or [])} calibration rows"
+    test = f"{len(splits.test)} of {splits.test_name} to evaluate on" if splits.own_test else "no test rows"
     return (
-        f"{options.model} · {options.adapter} · {options.posterior} · {len(splits.train)} training, "
-        f"{len(splits.calibration)} calibration and {len(splits.test or [])} test rows, {len(splits.train.classes)} classes"
+        f"model {options.model}, adapter {options.adapter}, posterior {options.posterior}\n"
+        f"data  {options.data or 'in memory'}: {rows}, {test}, {len(splits.train.classes)} classes\n"
+        f"run   {options.out}"
     )
-
-
-def stored_cost(folder: Path) -> dict[str, float]:
-    """The cost that a run recorded, for its later evaluations; empty if it recorded none."""
-    try:
-        found = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
-        return {k: float(v) for k, v in found.items() if isinstance(v, int | float)}
-    except (OSError, ValueError):
-        return {}
 
 
 def model_card(
@@ -174,15 +162,15 @@ def model_card(
         )
     )
     card = fitted.card
+    head = {"base_model": card.base, "library_name": "peft", "tags": ["kilobayes", "calibration", "bayesian"]}
     return f"""---
-base_model: {card.base}
-library_name: peft
-tags: [kilobayes, calibration, bayesian]
+{yaml.safe_dump(head, sort_keys=False).strip()}
 ---
 
 # {found.name} on {card.base}
 
-Classes: {", ".join(card.classes)}. The folder holds the posterior's mean as a PEFT checkpoint and the posterior beside it.
+Classes: {", ".join(card.classes)}. The folder holds the posterior's mean as a PEFT checkpoint and the
+posterior beside it.
 
 ```python
 import kilobayes as kb
@@ -191,8 +179,8 @@ clf = kb.load("path/to/this/folder")
 out = clf.predictive(["a text"])  # .labels .probs .entropy .epistemic
 ```
 
-The mean alone loads in PEFT: `import kilobayes; PeftModel.from_pretrained(base, "this folder")`. The mean of the
-weights is not the mean of the predictions: the calibration below is that of the averaged predictions.
+The mean alone loads in PEFT: `import kilobayes; PeftModel.from_pretrained(base, "this folder")`. The mean of
+the weights is not the mean of the predictions: the calibration below is that of the averaged predictions.
 
 ## Calibration
 
@@ -206,5 +194,6 @@ On {len(found.labels)} rows ({splits.test_name}), with 95% bootstrap intervals:
 
 Adapter {sizes["adapter"]:,} bytes, head {sizes["head"]:,} bytes, posterior file {sizes["posterior"]:,} bytes.
 
-Adapter `{card.adapter}`, posterior `{card.posterior}`, kilobayes {card.version}.
+Adapter `{found.spec["adapter"]}`, posterior `{found.spec["posterior"]}`, seed {card.seed}, kilobayes
+{card.version}. `kilobayes train --config run.yaml --out OTHER` repeats the run.
 """
