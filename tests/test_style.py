@@ -82,7 +82,9 @@ def test_method_files_have_at_most_120_lines_of_code(path: Path) -> None:
 
 
 def test_the_count_of_code_lines() -> None:
-    text = '"""Doc\n\nstring."""\n# comment\nx = 1  # end\n\ndef f():\n    """d"""\n    return [\n        1]\n'
+    text = (
+        '"""Doc\n\nstring."""\n# comment\nx = 1  # end\n\ndef f():\n    """d"""\n    return [\n        1]\n'
+    )
     assert code_lines(text) == 4
 
 

@@ -161,6 +161,25 @@ def test_only_the_bad_member_dies() -> None:
     assert all(torch.isfinite(v).all() for v in both.state.theta.values())
 
 
+def test_a_loss_that_blows_up_without_a_nan_ends_its_member() -> None:
+    calls: list[int] = []
+
+    def blown(output: Any, labels: Tensor) -> Tensor:
+        calls.append(1)
+        loss = nll(output, labels)
+        return loss * torch.tensor([[1.0], [1000.0]]) if len(calls) == 7 else loss
+
+    model = tiny_model(METHOD)
+    start, chosen = tiny_start(model, [5, 6]), settings(seeds=(5, 6))
+    both = train.fit(model, ROWS, blown, Ensemble(Point(), members=2), start, chosen)
+    assert both.diverged == [1]
+    assert torch.isfinite(both.losses).all()
+    assert_close(tree.member(both.state.theta, 0), run(Point()).state.theta, 1e-5)
+    calls.extend([1] * 10)
+    calm = train.fit(model, ROWS, blown, Ensemble(Point(), members=2), start, chosen)
+    assert calm.diverged == []
+
+
 def test_an_exploding_member_is_frozen_too() -> None:
     trained = run(Ensemble(Point(), members=2), seeds=(5, 5), lr=(0.01, 1e12), epochs=4)
     assert trained.diverged == [1]

@@ -100,7 +100,7 @@ def test_a_walk_around_a_known_gaussian() -> None:
 
 
 def test_streaming_equals_batch_moments_far_from_zero() -> None:
-    trajectory = [tree.map_params(torch.Tensor.double, theta) for theta in wander(200, offset=1e6)]
+    trajectory = [tree.map_params(lambda t: t.double() + 1e6, theta) for theta in wander(200)]
     state = collect(everything(rank=5), trajectory, finish=False)
     for key in trajectory[0]:
         rows = np.stack([theta[key].numpy() for theta in trajectory]).astype(np.longdouble)
@@ -114,7 +114,7 @@ def test_streaming_equals_batch_moments_far_from_zero() -> None:
 
 
 def test_streaming_equals_batch_moments_to_the_last_digits() -> None:
-    trajectory = [tree.map_params(torch.Tensor.double, theta) for theta in wander(300, offset=50.0)]
+    trajectory = [tree.map_params(lambda t: t.double() + 50.0, theta) for theta in wander(300)]
     state = collect(everything(), trajectory, finish=False)
     for key in trajectory[0]:
         rows = np.stack([theta[key].numpy() for theta in trajectory]).astype(np.longdouble)
