@@ -12,7 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,6 +32,7 @@ from kilobayes.predict import Rows, class_nll, logits
 from kilobayes.random import generator
 from kilobayes.tasks.classify import Classify
 from kilobayes.tasks.data import available_splits, load_examples
+from kilobayes.tasks.split import stratified_holdout
 from kilobayes.workflows.data import first_test
 from kilobayes.workflows.evaluate import versions
 from kilobayes.workflows.finetune import attach, start
@@ -65,8 +69,6 @@ def pairs(values: list[str]) -> dict[str, str]:
 def study(name: str, source: str, ood: str | None, a: argparse.Namespace) -> dict:
     began = time.process_time()
     everything = load_examples(source, "train", limit=a.rows + a.calibration, seed=0)
-    from kilobayes.tasks.split import stratified_holdout
-
     kept, held = stratified_holdout(everything.labels, a.calibration, 0)
     examples, calibration = everything.take(kept), everything.take(held)
     split = first_test(available_splits(source))
@@ -83,6 +85,7 @@ def study(name: str, source: str, ood: str | None, a: argparse.Namespace) -> dic
     seeds = list(range(a.replicates * MEMBERS))
     runs = [(rate, seed) for rate in rates for seed in seeds]
     found: dict[tuple[str, float, int], dict[str, torch.Tensor]] = {}
+    draws: dict[tuple[str, float, int], dict[str, torch.Tensor]] = {}
     seconds = {}
     for kind in ("Point()", a.swag):
         posterior, clock = spec.posterior(kind), time.process_time()
@@ -102,47 +105,56 @@ def study(name: str, source: str, ood: str | None, a: argparse.Namespace) -> dic
                   f"{time.process_time() - began:.0f} s", flush=True)  # fmt: skip
         seconds[kind] = (time.process_time() - clock) / len(runs)
         for run, state in states.items():
-            draws = posterior.sample(state, posterior.support(state) or a.samples, generator(run[1], 7))
-            found[kind, *run] = {k: logits(model, draws, task, e) for k, e in parts.items()}
+            draws[kind, *run] = posterior.sample(state, posterior.support(state) or a.samples, generator(run[1], 7))
+            found[kind, *run] = {"calibration": logits(model, draws[kind, *run], task, parts["calibration"])}
+
+    def score(kind: str, rate: float) -> None:
+        """Test rows are looked at only for the rates that calibration rows chose."""
+        for run in [r for r in found if r[:2] == (kind, rate) and "test" not in found[r]]:
+            found[run] |= {k: logits(model, draws[run], task, e) for k, e in parts.items() if k != "calibration"}
+
     labels = {"calibration": np.asarray(calibration.labels), "test": np.asarray(test.labels)}
     return {
         "rows": {"train": len(examples), "calibration": len(calibration), "test": f"{len(test)} of {split}"},
         "ood": ood and f"{len(parts['ood'])} rows of {Path(ood).name}",
         "classes": len(everything.classes),
         "seconds_per_member": seconds,
-        "arms": arms(found, labels, everything.classes, rates, a),
+        "arms": arms(found, score, labels, everything.classes, rates, a),
     }
 
 
-def arms(found: dict, labels: dict, classes: list[str], rates: list[float], a: argparse.Namespace) -> dict:
+def arms(found: dict, score: Callable[[str, float], None], labels: dict, classes: list[str], rates: list[float], a: argparse.Namespace) -> dict:
     """Each arm at its own best learning rate: intervals over replicates."""
     out = {}
     for arm in ARMS:
         kind = a.swag if "SWAG" in arm else "Point()"
         pooled = arm.startswith(("ensemble", "Multi"))
         tempered = "temperature" in arm
-        scores, kept = {}, {}
+        scores, chosen = {}, {}
         for rate in rates:
-            per_replicate = []
+            temperatures, nlls = [], []
             for replicate in range(a.replicates):
-                first = replicate * MEMBERS
-                members = range(first, first + MEMBERS) if pooled else [first]
-                got = [found.get((kind, rate, m)) for m in members]
+                got = [found.get((kind, rate, m)) for m in _members(replicate, pooled)]
                 if any(g is None for g in got):
-                    break
-                joined = {k: torch.cat([g[k] for g in got]) for k in got[0]}
-                t = best_temperature(joined["calibration"].double(), torch.as_tensor(labels["calibration"])) if tempered else 1.0
-                per_replicate.append({k: v / t for k, v in joined.items()} | {"t": t})
-            if len(per_replicate) == a.replicates:
-                scores[rate] = float(np.mean([_nll(r["calibration"], labels["calibration"]) for r in per_replicate]))
-                kept[rate] = per_replicate
+                    break  # a member diverged at this rate
+                joined = torch.cat([g["calibration"] for g in got])
+                truth = torch.as_tensor(labels["calibration"])
+                temperatures.append(best_temperature(joined.double(), truth) if tempered else 1.0)
+                nlls.append(_nll(joined / temperatures[-1], labels["calibration"]))
+            if len(nlls) == a.replicates:
+                scores[rate], chosen[rate] = float(np.mean(nlls)), temperatures
         best = min(scores, key=scores.__getitem__)
-        summaries = [summarise(_evaluation(arm, r, labels["test"], classes), bins=15, seed=i) for i, r in enumerate(kept[best])]
+        score(kind, best)
+        summaries = []
+        for replicate, t in enumerate(chosen[best]):
+            got = [found[kind, best, m] for m in _members(replicate, pooled)]
+            joined = {k: torch.cat([g[k] for g in got]) / t for k in got[0]}
+            summaries.append(summarise(_evaluation(arm, joined, labels["test"], classes), bins=15, seed=replicate))
         spread = over_seeds(summaries)
         out[arm] = {
             "rate": best,
             "calibration_nll": scores,
-            "temperatures": [r["t"] for r in kept[best]],
+            "temperatures": chosen[best],
             "metrics": {k: {"mean": s.mean, "low": s.low, "high": s.high, "std": s.std} for k, s in spread.items()},
             "nll_interval_rows": [(s["nll"].value, s["nll"].low, s["nll"].high) for s in summaries],
             "nll_of_each_replicate": [s["nll"].value for s in summaries],
@@ -151,6 +163,12 @@ def arms(found: dict, labels: dict, classes: list[str], rates: list[float], a: a
         gap = np.subtract(out[arm]["nll_of_each_replicate"], out["LoRA + temperature"]["nll_of_each_replicate"])
         out[arm]["nll_minus_lora_temperature"] = [float(g) for g in gap]
     return out
+
+
+def _members(replicate: int, pooled: bool) -> list[int]:
+    """Seeds of a replicate: three for pooled arms, the first of them for single ones."""
+    first = replicate * MEMBERS
+    return list(range(first, first + MEMBERS)) if pooled else [first]
 
 
 def _nll(scores: torch.Tensor, labels: np.ndarray) -> float:
@@ -203,9 +221,6 @@ def _cell(m: dict | None) -> str:
 
 
 def main() -> None:
-    import shlex
-    import sys
-
     a = arguments()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     data, ood, results = pairs(a.data), pairs(a.ood), {}
