@@ -76,9 +76,8 @@ def shared_prefix(model: nn.Module) -> tuple[nn.Module, list[nn.Module]] | None:
         return None
     if len(holder) != getattr(config.get_text_config(), "num_hidden_layers", -1):
         return None
-    if getattr(
-        config, "conv_kernel_size", 0
-    ):  # DeBERTa adds a convolution of the embeddings to its first block
+    # DeBERTa may add a convolution of the embeddings to what leaves its first block.
+    if getattr(config, "conv_kernel_size", 0):
         return None
     return backbone, list(holder)[min(indices) :]
 

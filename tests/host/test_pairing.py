@@ -93,10 +93,19 @@ TARGETS = dict.fromkeys(["bert", "roberta", "xlm_roberta", "albert", "bert_model
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("rows", [1, 3, 7])
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_outer_where_one_half_of_an_encoder_decoder_is_adapted(half):
+    model = hosted("t5_seq2seq", stack=S, target_modules=rf"{half}\..*\.(q|v)")
+    inputs = batch("t5_seq2seq")
+    with host.outer(model, S):
+        logits = model(**inputs).logits
+    close(logits, loop(model, inputs, S))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 16])
 @pytest.mark.parametrize("kind", ["bert", "deberta", "modernbert", "llama", "gpt2", "t5_encoder"])
 def test_outer_at_batches_as_long_as_other_axes(kind, rows):
-    """One row, and as many rows as members or tokens: nothing but rows may be repeated."""
+    """One row, as many as members, tokens or relative positions: nothing but rows may be repeated."""
     model, inputs = hosted(kind, stack=S), batch(kind, rows=rows)
     with host.outer(model, S):
         logits = scores(model(**inputs))
