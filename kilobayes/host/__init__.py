@@ -27,6 +27,7 @@ from kilobayes.host.stack import (
     write,
 )
 from kilobayes.host.tuner import KilobayesModel, initial, register
+from kilobayes.host.unpad import real_tokens
 
 register()
 
@@ -52,6 +53,7 @@ __all__ = [
     "packed",
     "read",
     "read_token",
+    "real_tokens",
     "register",
     "sites",
     "uncovered",
