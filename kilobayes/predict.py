@@ -96,6 +96,7 @@ def logits(
         stack.enter_context(evaluation(model))
         stack.callback(host.install, model, None)
         stack.enter_context(host.read_token(model))
+        stack.enter_context(host.real_tokens(model))
         if pack:
             stack.enter_context(host.packed(model, backward=False))
         batches = [b for b in lengths.argsort(stable=True).split(batch_size) if len(b)]
