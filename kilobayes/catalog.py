@@ -43,6 +43,13 @@ def catalog(kind: str) -> dict[str, Entry]:
     return {name: found[name] for name in order}
 
 
+def _default(value: ast.expr | None) -> str:
+    """Source of a default; ``field(default=Point())`` is ``Point()``."""
+    if isinstance(value, ast.Call) and ast.unparse(value.func).split(".")[-1] == "field":
+        value = next((k.value for k in value.keywords if k.arg == "default"), None)
+    return ast.unparse(value) if value else ""
+
+
 def _exports(path: Path) -> list[str]:
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
@@ -59,7 +66,7 @@ def _entries(path: Path) -> list[Entry]:
             doc = ast.get_docstring(node) or ""
             own = re.findall(r"arXiv:(\d{4}\.\d{4,5})", doc)
             fields = {
-                item.target.id: ast.unparse(item.value) if item.value else ""
+                item.target.id: _default(item.value)
                 for item in node.body
                 if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
             }

@@ -224,14 +224,11 @@ def run(arguments: list[str]) -> int:
         told = explained(error)
         if told is None:
             raise
+        found = told.found.removeprefix("found").lstrip(": ")
         if "--json" in arguments:
-            parts = {"error": told.wrong, "found": told.found, "remedy": told.remedy}
+            parts = {"error": told.wrong, "found": found, "remedy": told.remedy}
             sys.stdout.write(json.dumps(parts) + "\n")
-        lines = [
-            f"error: {told.wrong}",
-            told.found and f"found: {told.found}",
-            told.remedy and f"try:   {told.remedy}",
-        ]
+        lines = [f"error: {told.wrong}", found and f"found: {found}", told.remedy and f"try:   {told.remedy}"]
         sys.stderr.write("\n".join(line for line in lines if line) + "\n")
         return told.exit_code
 

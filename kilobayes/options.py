@@ -90,7 +90,7 @@ class Options:
                 "--layers takes indices of blocks", f"found {self.layers!r:.80}", "as in --layers 3,4,5"
             )
         share = self.held_out()
-        if share is not None and not (0 <= share < 1 or share == int(share)):
+        if share is not None and not (0 <= share < 1 or (share >= 1 and share.is_integer())):
             raise KilobayesError(
                 "--calibration must be a share below 1, or a whole number of rows",
                 f"found {self.calibration}",
@@ -197,9 +197,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         if size > LARGEST_YAML:
             raise KilobayesError(f"{path} holds no settings", f"it has {size:,} bytes", remedy)
         text = Path(path).read_text(encoding="utf-8")
-        # a few references to references make gigabytes, and settings need none
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise KilobayesError(f"{path} holds references (*name)", "settings are plain values", remedy)
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            # references to references make gigabytes, brackets in brackets take hours; settings need neither
+            if isinstance(event, yaml.AliasEvent):
+                raise KilobayesError(f"{path} holds references (*name)", "settings are plain values", remedy)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 2:
+                raise KilobayesError(f"{path} is not flat", "a list in a list, or keys below a key", remedy)
         found = yaml.safe_load(text) or {}
     except FileNotFoundError:
         raise KilobayesError(

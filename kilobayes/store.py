@@ -1,9 +1,7 @@
-"""A run's folder: the mean as a PEFT checkpoint, the posterior beside it, and what made them.
+"""A run's folder: the mean as a PEFT checkpoint, the posterior, and what made them.
 
-``adapter_config.json`` and ``adapter_model.safetensors`` hold the posterior mean, which
-``PeftModel.from_pretrained`` loads after ``import kilobayes``; ``posterior.safetensors`` and ``posterior.json``
-the posterior; ``run.yaml`` the settings. Everything is written beside its place and renamed, then read back and
-compared.
+``PeftModel.from_pretrained`` loads the checkpoint after ``import kilobayes``. Everything is written beside
+its place and renamed, then read back and compared.
 """
 
 from __future__ import annotations

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from kilobayes import host, spec, store, train
 from kilobayes.checkpoint import Checkpoint
 from kilobayes.errors import KilobayesError
 from kilobayes.metrics.cost import measure
-from kilobayes.models import Base, fingerprint, load_base
+from kilobayes.models import fingerprint, load_base
 from kilobayes.optim import AdamW
 from kilobayes.options import Options
 from kilobayes.posteriors import ask
@@ -26,10 +24,10 @@ from kilobayes.predict import CalibrationEnergy, Predictive, Rows, class_nll, pr
 from kilobayes.random import generator
 from kilobayes.tasks.classify import Classify, Encoded
 from kilobayes.tasks.data import Examples
-from kilobayes.types import Params, Posterior, Progress
+from kilobayes.types import Posterior, Progress
+from kilobayes.workflows.attach import attach, device_of, member_seeds, start
 
 Watch = Callable[[Progress, Tensor], None]
-HEAD_DEVIATION = 0.02  # of a new head's weights, as BERT's and most of its successors' initialisers
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,55 +83,6 @@ class Fitted:
             gen=generator(self.card.seed, 7),
             batch_size=batch_size,
         )
-
-
-def device_of(name: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def attach(base: Base, options: Options) -> PeftModel:
-    """The base with the adapter hosted on it, a stack of one."""
-    targets: Any = options.target_modules
-    if targets and targets != "all-linear":
-        targets = [t.strip() for t in targets.split(",")]
-    layers = [int(i) for i in options.layers.split(",")] if options.layers else None
-    if layers and targets is None:
-        kind, known = base.model.config.model_type, host.KilobayesModel.target_module_mapping
-        if kind not in known:
-            raise KilobayesError("--layers needs --target-modules here", f"no defaults are known for {kind}")
-        targets = list(known[kind])
-    elsewhere = sorted(
-        {n.rpartition(".")[0] for n in base.fresh if n.split(".")[0] not in ("classifier", "score")}
-    )
-    config = host.KilobayesConfig(
-        adapter=options.adapter,
-        target_modules=targets,
-        layers_to_transform=layers,
-        modules_to_save=elsewhere or None,
-        seed=options.seed,
-        task_type="SEQ_CLS",
-    )
-    return get_peft_model(base.model, config)  # type: ignore[arg-type]
-
-
-def start(model: nn.Module, base: Base, seeds: list[int]) -> Params:
-    """Initial leaves of a stack, member s from ``seeds[s]`` alone; a new head has a start for each."""
-    theta, _ = host.initial(host.method(model), host.sites(model), seeds)
-    for key, value in host.read(model).items():
-        if key in theta:
-            continue
-        path, _, leaf = key.rpartition("/")
-        stack = value.detach().cpu().float().repeat(len(seeds), *[1] * (value.dim() - 1))
-        if leaf == "weight" and f"{path}.weight" in base.fresh:
-            draws = [torch.randn(value.shape[1:], generator=generator(seed, 4)) for seed in seeds]
-            stack = HEAD_DEVIATION * torch.stack(draws)
-        theta[key] = stack
-    return theta
-
-
-def member_seeds(seed: int, members: int) -> list[int]:
-    """Seeds of an ensemble's members, apart from those of other runs' seeds."""
-    return [1000 * seed + member for member in range(members)]
 
 
 def settings_of(options: Options, seeds: list[int]) -> train.Settings:
@@ -200,6 +149,7 @@ def fit_examples(
             save=save,
             watch=watch,
         )
+        check_learned(trained, options.lr)
         state = trained.state
         if calibration:
             energy = CalibrationEnergy(model, task, task.encode(calibration))
@@ -220,6 +170,20 @@ def fit_examples(
     numbers = sum(v[0].numel() for v in host.read(model).values())
     cost = dict(cost) | {"trained_bytes": 4.0 * numbers * len(seeds)}
     return Fitted(model, task, posterior, state, card, encoded.truncated, trained, cost)
+
+
+def check_learned(trained: train.Trained, lr: float) -> None:
+    """Raises:
+    KilobayesError: every member ends above 10 nats and ten times where it began: the loop's own watch for
+        NaN and leaps does not see a run that is lost from its first step.
+    """
+    first, last = trained.losses[0], trained.losses[-5:].mean(dim=0)
+    if len(trained.losses) > 1 and bool((last > (10 * first).clamp(min=10.0)).all()):
+        raise KilobayesError(
+            f"training diverged at --lr {lr:g}",
+            f"loss {float(first.mean()):.3g} nats at first, {float(last.mean()):.3g} at last",
+            "try a tenth of it, into another --out",
+        )
 
 
 def digest(examples: Examples) -> str:

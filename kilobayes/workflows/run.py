@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,12 @@ from typing import Any
 import yaml
 
 from kilobayes import spec, store
+from kilobayes.errors import KilobayesError
 from kilobayes.files import write_json, write_text_atomically
 from kilobayes.metrics import Evaluation, Interval
+from kilobayes.model_files import model_folder
 from kilobayes.options import Options, write_yaml
+from kilobayes.posteriors import ask
 from kilobayes.workflows import evaluate as evaluation
 from kilobayes.workflows.data import Splits, load_splits
 from kilobayes.workflows.finetune import Fitted, Watch, fit_examples
@@ -48,11 +53,16 @@ def train(
     Raises:
         KilobayesError: as everything it calls; a folder that holds another run, or this one finished.
     """
-    spec.check(options.adapter, "adapters")
-    spec.check(options.posterior, "posteriors")
+    spec.adapter(options.adapter)
+    needed = ask.needs_calibration(spec.posterior(options.posterior))
     options = place(options)
     folder = Path(options.out)
     splits = load_splits(options, source)
+    model_folder(options.model)
+    if needed and splits.calibration is None:
+        raise KilobayesError(
+            f"{options.posterior} needs rows to calibrate on", "none", "as in --calibration 0.2"
+        )
     say(_card(options, splits))
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(folder / "run.yaml", options)
@@ -68,9 +78,10 @@ def train(
             watch(progress, loss)
 
     try:
-        fitted = fit_examples(
-            options, splits.train, splits.calibration, checkpoint=folder / CHECKPOINT, watch=logged
-        )
+        with own_warnings() as warned:
+            fitted = fit_examples(
+                options, splits.train, splits.calibration, checkpoint=folder / CHECKPOINT, watch=logged
+            )
     finally:
         log.close()
     if fitted.trained is not None:
@@ -83,6 +94,7 @@ def train(
     rows = fitted.encode(splits.test)
     notes = [
         *splits.notes,
+        *dict.fromkeys(warned),
         *warnings_of(fitted, splits),
         *cut(rows.truncated, len(rows), fitted, "evaluated"),
     ]
@@ -96,6 +108,22 @@ def train(
     # the last file: what is not there yet after a kill, --resume writes again
     write_text_atomically(folder / "README.md", model_card(fitted, found, summary, splits, sizes))
     return Finished(folder, fitted, splits, found, summary, sizes)
+
+
+@contextmanager
+def own_warnings() -> Iterator[list[str]]:
+    """Collects what kilobayes itself warns of, for the report; the warnings of others go where they went."""
+    told: list[str] = []
+    package = str(Path(store.__file__).parent)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.filterwarnings("always", category=UserWarning, module=r"kilobayes\b")
+        try:
+            yield told
+        finally:
+            others = [w for w in seen if not w.filename.startswith(package)]
+            told += [f"{w.message}." for w in seen if w.filename.startswith(package)]
+    for w in others:
+        warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
 
 
 def cut(count: int, rows: int, fitted: Fitted, kind: str) -> list[str]:
