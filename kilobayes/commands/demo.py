@@ -9,6 +9,7 @@ from kilobayes.commands import console
 
 
 def demo(out: Path, *, seed: int, quick: bool) -> None:
+    """Train the arms, print the table and three sentences, write the report."""
     from kilobayes import __version__
     from kilobayes.workflows import demo as work
     from kilobayes.workflows.evaluate import evaluate
