@@ -24,6 +24,7 @@ from kilobayes.predict import CalibrationEnergy, Predictive, Rows, class_nll, pr
 from kilobayes.random import generator
 from kilobayes.tasks.classify import Classify, Encoded
 from kilobayes.tasks.data import Examples
+from kilobayes.tree import state_member
 from kilobayes.types import Posterior, Progress
 from kilobayes.workflows.attach import attach, device_of, member_seeds, start
 
@@ -151,6 +152,9 @@ def fit_examples(
         )
         check_learned(trained, options.lr)
         state = trained.state
+        if trained.diverged:  # members that blew up are not pooled with those that learned
+            learned = [m for m in range(len(seeds)) if m not in trained.diverged]
+            state = state_member(state, torch.tensor(learned))
         if calibration:
             energy = CalibrationEnergy(model, task, task.encode(calibration))
             state = ask.fit(posterior, state, energy, generator(options.seed, 6))

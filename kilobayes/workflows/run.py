@@ -139,7 +139,7 @@ def warnings_of(fitted: Fitted, splits: Splits) -> list[str]:
     out = cut(fitted.truncated, len(splits.train), fitted, "training")
     if fitted.trained is not None and fitted.trained.diverged:
         out.append(
-            f"Members {fitted.trained.diverged} diverged and were frozen where they did; try a lower --lr."
+            f"Members {fitted.trained.diverged} diverged and were left out; try a lower --lr."
         )
     if fitted.trained is not None and fitted.trained.stopped:
         out.append("Training stopped at --max-minutes, before its schedule ended.")
