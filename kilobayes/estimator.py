@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
 from kilobayes import spec, store
@@ -107,7 +108,15 @@ class Classifier(ClassifierMixin, BaseEstimator):
             raise KilobayesError(
                 f"{len(texts)} texts need as many labels", f"found an array of shape {labels.shape}"
             )
-        self.classes_, indices = np.unique(labels, return_inverse=True)
+        try:
+            if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+                raise ValueError("some are missing")
+            check_classification_targets(labels)
+            self.classes_, indices = np.unique(labels, return_inverse=True)
+        except (TypeError, ValueError) as error:  # missing ones, fractions, kinds that do not compare
+            raise KilobayesError(
+                "these labels are no classes", str(error), "give names or whole numbers"
+            ) from None
         if len(self.classes_) < 2:
             raise KilobayesError("classification needs at least two classes", f"found {list(self.classes_)}")
         names = [str(c) for c in self.classes_]
@@ -117,7 +126,9 @@ class Classifier(ClassifierMixin, BaseEstimator):
         if ask.needs_calibration(posterior):
             kept, out = stratified_holdout(indices, float(self.calibration), self.seed)
             examples, held = examples.take(kept), examples.take(out)
-        self.fitted_ = fit_examples(self._options(posterior), examples, held)
+        fitted = fit_examples(self._options(posterior), examples, held)
+        kind = {"b": "bool", "i": "int", "u": "int", "f": "float"}.get(self.classes_.dtype.kind, "str")
+        self.fitted_ = replace(fitted, card=replace(fitted.card, label_kind=kind))
         return self
 
     def _options(self, posterior: Any) -> Options:
@@ -173,7 +184,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
 
     @classmethod
     def load(cls, folder: str | Path, *, model: str | None = None, device: str = "auto") -> Classifier:
-        """A fitted classifier from a run's folder; its labels are the class names, as text.
+        """A fitted classifier from a run's folder; labels are of the type that they had in ``fit``.
 
         Raises:
             KilobayesError: no run there, damaged files, or another base than it was trained on.
@@ -188,7 +199,8 @@ class Classifier(ClassifierMixin, BaseEstimator):
             device=device,
             dtype=card.dtype,
         )
-        out.classes_ = np.asarray(card.classes)
+        read: Any = {"bool": lambda c: c == "True", "int": int, "float": float, "str": str}[card.label_kind]
+        out.classes_ = np.asarray([read(c) for c in card.classes])
         out.fitted_ = fitted
         return out
 

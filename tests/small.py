@@ -51,12 +51,12 @@ def base() -> str:
 
 
 def rows(count: int, seed: int = 0, pairs: bool = False) -> list[dict[str, Any]]:
-    """Texts of 1 to 12 words whose colour tells the label; lengths are in no order."""
+    """Texts of 1 to 8 words whose colour tells the label; lengths are in no order."""
     draw = np.random.default_rng(seed)
     out = []
     for _ in range(count):
         label = int(draw.integers(3))
-        words = [WORDS[i] for i in draw.integers(3, len(WORDS), draw.integers(0, 12))]
+        words = [WORDS[i] for i in draw.integers(3, len(WORDS), draw.integers(0, 8))]
         words.insert(int(draw.integers(len(words) + 1)), WORDS[label])
         first = (
             {"premise": " ".join(words), "hypothesis": WORDS[label]} if pairs else {"text": " ".join(words)}

@@ -179,4 +179,6 @@ def export(folder: Path, to: str, out: Path, member: int, model: str | None) -> 
         )
     host.write(fitted.model, tree.member(mean, member))
     kinds[to](fitted.model, out)
+    if to == "merged":  # transformers would quietly make an empty tokenizer where there is none
+        fitted.task.tokenizer.save_pretrained(out)
     console.say(f"{to}: {out} (the mean of the weights, which is not the mean of the predictions)")

@@ -138,9 +138,7 @@ def warnings_of(fitted: Fitted, splits: Splits) -> list[str]:
     """What a person should know about how training went."""
     out = cut(fitted.truncated, len(splits.train), fitted, "training")
     if fitted.trained is not None and fitted.trained.diverged:
-        out.append(
-            f"Members {fitted.trained.diverged} diverged and were left out; try a lower --lr."
-        )
+        out.append(f"Members {fitted.trained.diverged} diverged and were left out; try a lower --lr.")
     if fitted.trained is not None and fitted.trained.stopped:
         out.append("Training stopped at --max-minutes, before its schedule ended.")
     return out

@@ -45,8 +45,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return data, run
 
 
-# 12 steps, a checkpoint at 3, 6, 9 and 12. Files are renamed in this order: run.yaml, env.json, the checkpoints,
-# log.jsonl, the adapter's two, posterior.safetensors, posterior.json, cost.json and the report's; README.md last.
+# 12 steps, a checkpoint at 3, 6, 9 and 12. Files are renamed in this order: run.yaml, env.json, the
+# checkpoints, log.jsonl, the adapter's two, posterior's two, cost.json and the report's; README.md last.
 @pytest.mark.parametrize("moment", ["step:1", "step:8", "replace:5", "replace:9", "renamed:13"])
 def test_a_killed_run_goes_on_to_the_same_result(
     whole: tuple[Path, Path], tmp_path: Path, moment: str
