@@ -9,16 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kilobayes.errors import KilobayesError
 from kilobayes.metrics.calibration import BINS
+from kilobayes.metrics.record import Evaluation
 from kilobayes.metrics.table import statistic, statistics
-
-if TYPE_CHECKING:
-    from kilobayes.metrics.evaluation import Evaluation
 
 LEVEL = 0.95
 """Coverage of every interval here."""

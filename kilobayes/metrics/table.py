@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kilobayes.errors import KilobayesError, nearest
 from kilobayes.metrics import calibration, scores, uncertainty
+from kilobayes.metrics.record import Evaluation
 from kilobayes.metrics.weighted import Value, average
-
-if TYPE_CHECKING:
-    from kilobayes.metrics.evaluation import Evaluation
 
 Weights = np.ndarray | None
 Statistic = Callable[[Weights, Weights], Value]
