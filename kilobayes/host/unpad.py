@@ -32,8 +32,7 @@ from kilobayes.host.stack import base_of
 ARCHITECTURES = ("bert", "roberta", "distilbert", "gpt2", "llama", "opt", "qwen2")
 ATTENTION = ("sdpa", "eager")
 PREFIX = "real_tokens|"
-# Moving tokens to and fro takes about a twentieth of a pass, so less padding than this is not worth it.
-LEAST_PADDING = 0.08
+LEAST_PADDING = 0.08  # moving tokens to and fro takes about a twentieth of a pass
 
 
 class _Take(torch.autograd.Function):
@@ -113,7 +112,7 @@ class Layout:
     def positions(self, x: Tensor) -> Tensor:
         """What belongs to each position, ``(1 or rows, T, ...)``, laid out; the same for all blocks."""
         if id(x) not in self.memory:
-            whole = (x if x.shape[0] == self.rows else x[:1]).expand(self.rows, *x.shape[1:])
+            whole = x if x.shape[0] == self.rows else x[:1].expand(self.rows, *x.shape[1:])
             self.memory[id(x)] = (x, self.take(whole))  # x is kept, so that its id stays taken
         return self.memory[id(x)][1]
 
@@ -151,13 +150,12 @@ def _attention(
     inner: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(kind, own)  # type: ignore[arg-type]
     if real_tokens is None:
         return inner(module, query, key, value, attention_mask, *args, **kwargs)
-    layout = real_tokens
-    padded = [layout.pad(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value)]
+    padded = [real_tokens.pad(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value)]
     rows = padded[0].shape[0]
     if attention_mask is not None and attention_mask.shape[0] not in (1, rows):
         attention_mask = attention_mask.repeat(rows // attention_mask.shape[0], 1, 1, 1)
     out, weights = inner(module, *padded, attention_mask, *args, **kwargs)
-    return layout.take(out), weights
+    return real_tokens.take(out), weights
 
 
 for _kind in ATTENTION:
@@ -188,7 +186,7 @@ def real_tokens(model: nn.Module) -> Iterator[nn.Module]:
         yield model
         return
     backbone = getattr(base, base.base_model_prefix, base)
-    lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList)]
+    lists = (m for m in backbone.modules() if isinstance(m, nn.ModuleList))
     blocks = next(m for m in lists if len(m) == config.num_hidden_layers)
     adapted = [m for m in base.modules() if isinstance(m, KilobayesLayer)]
     now: dict[str, Any] = {}  # the mask and the layout of the forward under way
@@ -201,8 +199,7 @@ def real_tokens(model: nn.Module) -> Iterator[nn.Module]:
         now.update(mask=mask if plain else None, layout=None)
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        named = "hidden_states" in kwargs
-        hidden = kwargs["hidden_states"] if named else args[0]
+        hidden = kwargs["hidden_states"] if (named := "hidden_states" in kwargs) else args[0]
         if module is blocks[0] and now.get("mask") is not None:
             mask, rows = now["mask"], hidden.shape[0]
             stack = max((layer.stack() for layer in adapted), default=1)
@@ -234,9 +231,8 @@ def real_tokens(model: nn.Module) -> Iterator[nn.Module]:
     def before_others(module: nn.Module, args: tuple) -> tuple:
         # read_token's hook looks for tokens where they are in rows
         layout: Layout | None = now.get("layout")
-        if layout is None or len(module._forward_pre_hooks) == 1:
-            return args
-        return tuple(layout.pad(a) if layout.fits(a) else a for a in args)
+        others = len(module._forward_pre_hooks) > 1
+        return tuple(layout.pad(a) if others and layout and layout.fits(a) else a for a in args)
 
     handles = [
         backbone.register_forward_pre_hook(start, with_kwargs=True),
