@@ -1,4 +1,4 @@
-"""Saved runs: equal to those in memory, refused when damaged or of another base, left alone when a disk is full."""
+"""Saved runs: equal to those in memory, refused when damaged or of another base, safe from a full disk."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_another_base_is_refused(run: Path, tmp_path: Path) -> None:
     weights = load_file(other / "model.safetensors")
     weights["bert.encoder.layer.0.output.dense.weight"] += 1e-3
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(KilobayesError, match="is not the one this run was trained on.*fingerprint"):
+    with pytest.raises(KilobayesError, match=r"is not the one this run was trained on.*fingerprint"):
         load(run, model=str(other))
     load(run, model=str(shutil.copytree(small.base(), tmp_path / "same")))
 
@@ -201,7 +201,7 @@ def test_a_posterior_that_does_not_fit(run: Path, change: str) -> None:
 )
 def test_a_damaged_adapter_configuration(run: Path, text: str) -> None:
     (run / "adapter_config.json").write_text(text)
-    with pytest.raises(KilobayesError, match="cannot be loaded|of different runs|X"):
+    with pytest.raises(KilobayesError, match=r"cannot be loaded|of different runs|X"):
         load(run)
 
 

@@ -1,7 +1,7 @@
 """``kilobayes train`` in a process of its own that kills or interrupts itself at a chosen moment.
 
 Arguments: the moment, the signal's name, and then those of the command line. Moments: ``step:N`` (after the
-N-th optimiser step), ``replace:N`` (before the N-th file is renamed into its place), ``renamed:N`` (after it).
+N-th optimiser step), ``replace:N`` (before the N-th file is renamed into its place), ``renamed:N`` (after).
 Checkpoints are written at every third step.
 """
 

@@ -184,7 +184,8 @@ import sys, torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 if sys.argv[2] == "lora":
     from peft import PeftModel
-    base = AutoModelForSequenceClassification.from_pretrained(sys.argv[3], num_labels=3, ignore_mismatched_sizes=True)
+    how = {"num_labels": 3, "ignore_mismatched_sizes": True}
+    base = AutoModelForSequenceClassification.from_pretrained(sys.argv[3], **how)
     model = PeftModel.from_pretrained(base, sys.argv[1])
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[3])
 else:
