@@ -189,10 +189,8 @@ def read_state(folder: Path, card: Card, leaves: Params) -> tuple[Posterior, Any
         drawn = posterior.sample(
             state, posterior.support(state) or ask.members(posterior), generator(card.seed)
         )
-        odd = tree.first_difference(
-            {k: v.new_zeros(v.shape[1:]) for k, v in drawn.items()},
-            {k: v.new_zeros(v.shape[1:]) for k, v in leaves.items()},
-        )
+        theirs, ours = ({k: v.shape[1:] for k, v in p.items()} for p in (drawn, leaves))
+        odd = next((k for k in sorted(theirs | ours) if theirs.get(k) != ours.get(k)), "")
         if odd or tree.size(posterior.mean(state)) != ask.members(posterior):
             raise ValueError(f"its {odd or 'number of members'} does not fit")
         bad = next((k for k, v in tensors.items() if not v.isfinite().all()), None)

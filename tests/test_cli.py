@@ -252,6 +252,40 @@ def test_versions(shell: Shell) -> None:
     assert shell("--version").strip() == kilobayes.__version__
 
 
+@pytest.mark.parametrize(
+    ("arms", "width", "blocks"), [(1, 80, 1), (2, 60, 1), (4, 80, 1), (5, 80, 2), (6, 100, 2)]
+)
+def test_tables_fit_and_cut_no_number_short(
+    arms: int, width: int, blocks: int, monkeypatch: pytest.MonkeyPatch, shell: Shell
+) -> None:
+    from kilobayes.commands import console
+    from kilobayes.metrics import Interval
+
+    def interval(value: float) -> Interval:
+        return Interval(value, value - 0.1, value + 0.1)
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    names = ["LoRA", "LoRA + temperature", "LoRA + SWAG", "LoRA + MultiSWAG", "a" * 40, "b: c d e f g h"][
+        :arms
+    ]
+    made = [{key: interval(10 + i + n / 8) for n, (key, _) in enumerate(console.ROWS)} for i in range(arms)]
+    made[0]["ood_auroc"] = interval(float("nan"))
+    cost = {"stored_bytes": 1234567.0, "seconds": 99.0}
+    console.console.print(console.table(names, made, [cost] * arms))
+    lines = shell.capsys.readouterr().err.splitlines()
+    text = " ".join(lines)
+    assert max(map(len, lines)) <= width
+    assert sum(line.startswith("accuracy") for line in lines) == blocks
+    assert "…" not in text
+    for summary in made:
+        for value in summary.values():
+            if value.value == value.value:
+                assert all(f"{v:.3f}" in text for v in (value.value, value.low, value.high))
+    assert text.count("undefined") == 1
+    assert text.count("1.2 MB") == arms
+    assert text.count("*") == (0 if arms == 1 else len(console.ROWS) + 1)  # and the line that explains it
+
+
 TRAIN = ("train", "--model", "{base}", "--data", "{data}", "--out", "{out}", "--epochs", "3")
 
 

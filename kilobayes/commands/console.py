@@ -25,7 +25,7 @@ ROWS = (
     ("error_auroc", "error AUROC"),
     ("ood_auroc", "OOD AUROC"),
 )
-LABEL, CELL = 15, 16  # characters of the column of names, and least of an arm's
+LABEL, CELL = 15, 13  # characters of the column of names, and least of an arm's
 QUIET_SECONDS = 15.0  # between lines where there is no terminal to draw a bar on
 
 
@@ -98,13 +98,14 @@ def table(
     best = {key: _best(key, [s[key].value for s in summaries]) for key, _ in shown}
     beside = max(1, (console.width - LABEL) // (CELL + 2))
     beside = -(-len(names) // -(-len(names) // beside))  # as even as the number of blocks allows
+    wide = min(30, max(CELL, (console.width - LABEL) // beside - 2))
     parts: list[Any] = []
     for first in range(0, len(names), beside):
         some = range(first, min(first + beside, len(names)))
         part = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         part.add_column("", width=LABEL, no_wrap=True)
         for i in some:
-            part.add_column(Text(names[i], overflow="fold"), justify="right", min_width=CELL, overflow="fold")
+            part.add_column(Text(names[i], overflow="fold"), justify="right", width=wide, overflow="fold")
         for key, label in shown:
             part.add_row(
                 label, *(_cell(summaries[i][key], summaries[i][key].value == best[key]) for i in some)
@@ -142,7 +143,7 @@ def _cell(found: Any, best: bool) -> Text:
     if math.isnan(found.value):
         return Text("undefined", style="dim")
     value = Text(f"{'*' if best else ''}{found.value:.3f}", style="bold" if best else "")
-    interval = Text(f"\n{found.low:.3f} to {found.high:.3f}", style="dim")
+    interval = Text(f"\n{found.low:.3f}–{found.high:.3f}", style="dim")
     return value + interval
 
 

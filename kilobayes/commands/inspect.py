@@ -31,6 +31,7 @@ PACKAGES = (
 
 
 def check(options: Options, *, as_json: bool) -> None:
+    """What training would read and do, without torch; raises KilobayesError as training would."""
     from kilobayes.workflows.data import load_splits
     from kilobayes.workflows.folder import place
 
@@ -64,6 +65,7 @@ def check(options: Options, *, as_json: bool) -> None:
 
 
 def list_methods(model: str | None, targets: str | None, *, as_json: bool) -> None:
+    """Every adapter and posterior; with a model, the bytes of each adapter on it."""
     sizes = _sizes(model, targets) if model else {}
     rows: list[dict[str, Any]] = [
         {"kind": kind[:-1], "name": e.name, "summary": e.summary, "arxiv": e.paper, "options": e.defaults}
@@ -118,6 +120,7 @@ def _sizes(model: str, targets: str | None) -> dict[str, int]:
 
 
 def env(*, as_json: bool) -> None:
+    """Versions and hardware."""
     facts: dict[str, Any] = {
         "kilobayes": __version__,
         "python": sys.version.split()[0],

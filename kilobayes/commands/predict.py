@@ -26,6 +26,7 @@ def predict(
     model: str | None,
     device: str,
 ) -> None:
+    """Predictions of every row, in order; the data are read before the model is loaded."""
     from kilobayes import store
     from kilobayes.tasks.data import load_examples
     from kilobayes.workflows.evaluate import prediction_rows

@@ -13,6 +13,7 @@ from kilobayes.options import Options
 
 
 def train(options: Options, *, as_json: bool) -> None:
+    """Train and show the figures; Ctrl-C exits with 130 and says how to go on."""
     from kilobayes.workflows.folder import CHECKPOINT, default_folder, steps
 
     folder = Path(options.out) if options.out else default_folder(options)
@@ -79,6 +80,7 @@ def evaluate(
     *,
     as_json: bool,
 ) -> None:
+    """Figures of a run on labelled rows, and files of them where ``out`` is named."""
     from dataclasses import replace
 
     from kilobayes import store
@@ -141,6 +143,7 @@ def compare(
     *,
     as_json: bool,
 ) -> None:
+    """One table and one report of several runs on the same rows."""
     from kilobayes.workflows import compare as work
 
     check_writable(out / "metrics.json")
@@ -163,6 +166,7 @@ def compare(
 
 
 def export(folder: Path, to: str, out: Path, member: int, model: str | None) -> None:
+    """Write one member's mean for tools that do not know kilobayes."""
     from kilobayes import host, tree
     from kilobayes.host.export import export_lora, export_merged
     from kilobayes.workflows.finetune import load

@@ -68,6 +68,8 @@ def train(
     write_yaml(folder / "run.yaml", options)
     write_json(folder / "env.json", evaluation.versions() | {"command": evaluation.command()})
     log = Log(folder / "log.jsonl", options.resume)
+    resumed = ["The run was resumed: seconds and memory are those since."]
+    resumed = resumed if options.resume and (folder / CHECKPOINT).exists() else []
     planned = 0
 
     def logged(progress: Any, loss: Any) -> None:
@@ -94,6 +96,7 @@ def train(
     rows = fitted.encode(splits.test)
     notes = [
         *splits.notes,
+        *resumed,
         *dict.fromkeys(warned),
         *warnings_of(fitted, splits),
         *cut(rows.truncated, len(rows), fitted, "evaluated"),
