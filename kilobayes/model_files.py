@@ -99,6 +99,9 @@ def _fetch(name: str) -> Path:
 
 
 def check_minilm(folder: Path) -> None:
+    """Raises:
+    KilobayesError: the weights are not those that the package is known to carry, by SHA-256.
+    """
     with (folder / "model.safetensors").open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != MINILM_SHA256:

@@ -46,7 +46,7 @@ class Options:
         None, "Indices of the blocks to adapt, separated by commas, as in 3,4,5; default all."
     )
     samples: int = _o(10, "Posterior samples that predictions average over.")
-    lr: float = _o(1e-3, "Peak learning rate.", "learning-rate")
+    lr: float = _o(2e-3, "Peak learning rate.", "learning-rate")
     epochs: int = _o(8, "Passes over the training rows.", "num-train-epochs")
     batch_size: int = _o(16, "Rows of a member in an optimiser step.", "per-device-train-batch-size")
     accumulate: int = _o(1, "Micro-batches of an optimiser step.", "gradient-accumulation-steps")
