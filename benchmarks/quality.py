@@ -1,10 +1,11 @@
-"""Accuracy and calibration of LoRA, temperature, SWAG, ensembles and MultiSWAG on real data, learning rates tuned.
+"""Accuracy and calibration of LoRA, temperature, SWAG, ensembles and MultiSWAG, learning rates tuned.
 
-    python benchmarks/quality.py --data trec=DIR/trec --data cola=DIR/cola --ood trec=DIR/sst2 --ood cola=DIR/trec
+    python benchmarks/quality.py --data trec=DIR/trec --ood trec=DIR/sst2
 
-For every data set, three replicates of three members are trained for each learning rate of a grid, once plainly and
-once with SWAG, as stacks. Every arm picks its own learning rate by NLL on calibration rows (held out of training, also
-used for temperatures) and is then scored once on test rows. Writes a Markdown table and a JSON file.
+For every data set, three replicates of three members are trained for each learning rate of a grid, once
+plainly and once with SWAG, as stacks. Every arm picks its own learning rate by NLL on calibration rows (held
+out of training, also used for temperatures) and is then scored once on test rows. Data sets are added to the
+JSON file of ``--out``, from which the Markdown table is written anew.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from quality_table import markdown
 
 from kilobayes import host, spec, train, tree
 from kilobayes.metrics import Evaluation, over_seeds, summarise
@@ -40,7 +42,6 @@ from kilobayes.workflows.finetune import attach, start
 REPLICATES, MEMBERS = 3, 3
 ARMS = ["LoRA", "LoRA + temperature", "SWAG", "SWAG + temperature", "ensemble", "ensemble + temperature",
         "MultiSWAG", "MultiSWAG + temperature"]  # fmt: skip
-SHOWN = ("accuracy", "nll", "ece", "brier", "error_auroc", "ood_auroc")
 
 
 def arguments() -> argparse.Namespace:
@@ -78,7 +79,9 @@ def study(name: str, source: str, ood: str | None, a: argparse.Namespace) -> dic
     task = Classify(base.tokenizer, tuple(everything.classes), 128)
     parts = {"calibration": task.encode(calibration), "test": task.encode(test)}
     if ood:
-        other = load_examples(ood, first_test(available_splits(ood)), need_labels=False, limit=a.ood_rows, seed=0)
+        other = load_examples(
+            ood, first_test(available_splits(ood)), need_labels=False, limit=a.ood_rows, seed=0
+        )
         parts["ood"] = task.encode(other)
     rows = Rows(task, task.encode(examples))
     rates = [float(r) for r in a.rates.split(",")]
@@ -105,13 +108,17 @@ def study(name: str, source: str, ood: str | None, a: argparse.Namespace) -> dic
                   f"{time.process_time() - began:.0f} s", flush=True)  # fmt: skip
         seconds[kind] = (time.process_time() - clock) / len(runs)
         for run, state in states.items():
-            draws[kind, *run] = posterior.sample(state, posterior.support(state) or a.samples, generator(run[1], 7))
+            draws[kind, *run] = posterior.sample(
+                state, posterior.support(state) or a.samples, generator(run[1], 7)
+            )
             found[kind, *run] = {"calibration": logits(model, draws[kind, *run], task, parts["calibration"])}
 
     def score(kind: str, rate: float) -> None:
         """Test rows are looked at only for the rates that calibration rows chose."""
         for run in [r for r in found if r[:2] == (kind, rate) and "test" not in found[r]]:
-            found[run] |= {k: logits(model, draws[run], task, e) for k, e in parts.items() if k != "calibration"}
+            found[run] |= {
+                k: logits(model, draws[run], task, e) for k, e in parts.items() if k != "calibration"
+            }
 
     labels = {"calibration": np.asarray(calibration.labels), "test": np.asarray(test.labels)}
     return {
@@ -123,7 +130,14 @@ def study(name: str, source: str, ood: str | None, a: argparse.Namespace) -> dic
     }
 
 
-def arms(found: dict, score: Callable[[str, float], None], labels: dict, classes: list[str], rates: list[float], a: argparse.Namespace) -> dict:
+def arms(
+    found: dict,
+    score: Callable[[str, float], None],
+    labels: dict,
+    classes: list[str],
+    rates: list[float],
+    a: argparse.Namespace,
+) -> dict:
     """Each arm at its own best learning rate: intervals over replicates."""
     out = {}
     for arm in ARMS:
@@ -149,18 +163,24 @@ def arms(found: dict, score: Callable[[str, float], None], labels: dict, classes
         for replicate, t in enumerate(chosen[best]):
             got = [found[kind, best, m] for m in _members(replicate, pooled)]
             joined = {k: torch.cat([g[k] for g in got]) / t for k in got[0]}
-            summaries.append(summarise(_evaluation(arm, joined, labels["test"], classes), bins=15, seed=replicate))
+            summaries.append(
+                summarise(_evaluation(arm, joined, labels["test"], classes), bins=15, seed=replicate)
+            )
         spread = over_seeds(summaries)
         out[arm] = {
             "rate": best,
             "calibration_nll": scores,
             "temperatures": chosen[best],
-            "metrics": {k: {"mean": s.mean, "low": s.low, "high": s.high, "std": s.std} for k, s in spread.items()},
+            "metrics": {
+                k: {"mean": s.mean, "low": s.low, "high": s.high, "std": s.std} for k, s in spread.items()
+            },
             "nll_interval_rows": [(s["nll"].value, s["nll"].low, s["nll"].high) for s in summaries],
             "nll_of_each_replicate": [s["nll"].value for s in summaries],
         }
     for arm in ARMS:  # paired over replicates: same seeds, same rows
-        gap = np.subtract(out[arm]["nll_of_each_replicate"], out["LoRA + temperature"]["nll_of_each_replicate"])
+        gap = np.subtract(
+            out[arm]["nll_of_each_replicate"], out["LoRA + temperature"]["nll_of_each_replicate"]
+        )
         out[arm]["nll_minus_lora_temperature"] = [float(g) for g in gap]
     return out
 
@@ -193,47 +213,23 @@ def _evaluation(arm: str, scores: dict, labels: np.ndarray, classes: list[str]) 
     )  # fmt: skip
 
 
-def markdown(results: dict, command: str, a: argparse.Namespace) -> str:
-    lines = [
-        "# Accuracy and calibration, learning rates tuned for every arm", "",
-        f"Made by `{command}`.", "",
-        f"MiniLM-L6 ({a.dtype} base), LoRA r=8 on query and value, {a.epochs} epochs, batch 16, rates {a.rates} chosen for each arm by "
-        f"NLL on the calibration rows. {a.replicates} replicates of {MEMBERS} members; single arms are the first member of each. "
-        f"`{a.swag}`, {a.samples} samples a member. Mean over replicates with its 95% t-interval. ECE: 15 bins of equal "
-        "width. OOD AUROC by predictive entropy. Error AUROC: does confidence tell right from wrong.", "",
-    ]  # fmt: skip
-    for name, r in results.items():
-        lines += [f"## {name}", "", f"{r['rows']['train']} training rows, {r['rows']['calibration']} calibration, "
-                  f"{r['rows']['test']}; out of distribution: {r['ood'] or 'none'}.", ""]  # fmt: skip
-        lines += ["| arm | rate | accuracy | NLL | ECE | Brier | error AUROC | OOD AUROC | NLL − (LoRA + temperature) |",
-                  "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-        for arm, v in r["arms"].items():
-            cells = [_cell(v["metrics"].get(k)) for k in SHOWN]
-            gap = v["nll_minus_lora_temperature"]
-            shown = "" if arm == "LoRA + temperature" else f"{np.mean(gap):+.3f} ({min(gap):+.3f} to {max(gap):+.3f})"
-            lines.append(f"| {arm} | {v['rate']:g} | " + " | ".join(cells) + f" | {shown} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _cell(m: dict | None) -> str:
-    return "–" if m is None or m["mean"] != m["mean"] else f"{m['mean']:.3f} [{m['low']:.3f}, {m['high']:.3f}]"
-
-
 def main() -> None:
     a = arguments()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    data, ood, results = pairs(a.data), pairs(a.ood), {}
+    data, ood = pairs(a.data), pairs(a.ood)
     a.out.mkdir(parents=True, exist_ok=True)
+    file = a.out / "quality.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    settings = {k: getattr(a, k) for k in ("epochs", "rates", "dtype", "replicates", "samples", "swag")}
+    settings["members"] = MEMBERS
     # folders of this machine are shortened to their last name
     command = shlex.join(["python", "benchmarks/quality.py", *(_short(v) for v in sys.argv[1:])])
     for name, source in data.items():
-        results[name] = study(name, source, ood.get(name), a)
-        (a.out / "quality.json").write_text(
-            json.dumps({"command": command, "versions": versions(), "results": results}, indent=1) + "\n"
-        )
-        (a.out / "quality.md").write_text(markdown(results, command, a) + "\n")
-        print(markdown({name: results[name]}, command, a))
+        found = study(name, source, ood.get(name), a)
+        results[name] = {"command": command, "versions": versions(), "settings": settings} | found
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        (a.out / "quality.md").write_text(markdown(results) + "\n")
+        print(markdown({name: results[name]}))
 
 
 def _short(value: str) -> str:

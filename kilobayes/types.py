@@ -1,8 +1,8 @@
 """The protocols at which adapters, posteriors, tasks and the training loop meet.
 
 ``Params`` is a flat dictionary of tensors with keys ``"site/leaf"`` (``"*/leaf"`` is shared by all sites).
-Every tensor has a leading axis S: a *stack* of S adapters over one frozen base, run in one forward. A stack is
-posterior samples, ensemble members, the seeds and learning rates of a sweep, users, or examples.
+Every tensor has a leading axis S: a *stack* of S adapters over one frozen base, run in one forward. A stack
+is posterior samples, ensemble members, the seeds and learning rates of a sweep, users, or examples.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def map_tensors(operator: Any, fn: Callable[[Tensor], Tensor]) -> Any:
 class Adapter(Protocol):
     """A compact parametrisation of the updates: a frozen dataclass whose repr is its configuration.
 
-    Optional methods, asked for by name: ``pack`` and ``unpack`` (a compact file), ``groups`` (learning-rate factor
-    and prior per leaf), ``project`` (after each optimiser step), ``canonical`` (a gauge for averaging).
+    Optional, asked for by name: ``dropout`` and ``drop`` (noise of a training step), ``rates`` (learning-rate
+    factor by leaf), ``count`` (numbers stored, from the paper's formula).
     """
 
     def init(self, sites: list[Site], stack: int, gen: torch.Generator) -> tuple[Params, Params]:
@@ -146,8 +146,8 @@ class Energy(Protocol):
 class Posterior(Protocol):
     """A distribution over the trainable leaves: a frozen dataclass whose repr is its configuration.
 
-    State is an immutable dataclass of tensors, every one with the member axis K first, so that an ensemble's state
-    is the state of its members stacked. ``init`` annotates the state's type; files are read back by it.
+    State is an immutable dataclass of tensors, every one with the member axis K first, so that an ensemble's
+    state is the state of its members stacked. ``init`` annotates the state's type; files are read back by it.
     """
 
     def init(self, theta: Params, gen: torch.Generator) -> Any:
@@ -178,7 +178,7 @@ class Trains(Protocol):
     def objective(
         self, state: Any, theta: Params, nll: Callable[[Params], Tensor], streams: Streams, progress: Progress
     ) -> Tensor:
-        """Loss of each member ``(S,)`` in nats per row; ``nll(theta)`` is ``(S, B)``; noise comes from ``streams``."""
+        """Loss of each member ``(S,)``, nats per row; ``nll(theta)`` is ``(S, B)``, noise of ``streams``."""
         ...
 
 
@@ -187,7 +187,7 @@ class Schedules(Protocol):
     """A posterior that sets the learning rate late in training (SWA and SWAG)."""
 
     def rate(self, progress: Progress, own: Callable[[int], float]) -> float:
-        """Learning rate of the step to come, relative to the peak; ``own(step)`` is the loop's, steps from 1."""
+        """Learning rate of the step to come, relative to the peak; ``own(step)`` is the loop's, from 1."""
         ...
 
 

@@ -2,11 +2,12 @@ r"""Low-rank adaptation (LoRA), Hu et al., arXiv:2106.09685; rsLoRA's scale: Kal
 
 .. math:: y = W x + s\, B A x, \qquad s = \alpha / r \quad (\text{rsLoRA: } \alpha / \sqrt r)
 
-A ``(S, r, d_in)`` starts Kaiming-uniform with a = sqrt 5, that is U(+-1/sqrt(d_in)); B ``(S, d_out, r)`` starts at
-zero, so training starts at the base model.
+A ``(S, r, d_in)`` starts Kaiming-uniform with a = sqrt 5, that is U(+-1/sqrt(d_in)); B ``(S, d_out, r)``
+starts at zero, so training starts at the base model.
 
-Departure: dropout is a mask on the *columns of A*, shared by all rows and tokens of a member in a step, instead of a
-mask per token. So a dropout sample is one function of the input, a member of the stack like any other.
+Departure: dropout is a mask on the *columns of A*, shared by all rows and tokens of a member in a step,
+instead of a mask per token. So a dropout sample is one function of the input, a member of the stack like
+any other.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ def demo(out: Path, *, seed: int, quick: bool) -> None:
     console.say(f"kilobayes {__version__} · cpu · offline · {out}")
     data = work.corpus(seed, quick)
     console.say(
-        f"model: all-MiniLM-L6-v2 · data: docstring sentences, {len(data.train)} training, {len(data.calibration)} "
-        f"calibration, {len(data.test)} test, {len(data.ood)} out of distribution · {len(data.train.classes)} topics · "
-        f"sha256 {data.digest[:12]}"
+        f"model: all-MiniLM-L6-v2 · data: docstring sentences, {len(data.train)} training, "
+        f"{len(data.calibration)} calibration, {len(data.test)} test, {len(data.ood)} out of distribution · "
+        f"{len(data.train.classes)} topics · sha256 {data.digest[:12]}"
     )
     out.mkdir(parents=True, exist_ok=True)
     evaluations = []
@@ -39,4 +39,4 @@ def demo(out: Path, *, seed: int, quick: bool) -> None:
         console.say(f"  → {told.said}")
     console.say(f"{time.monotonic() - began:.0f} seconds")
     console.say(f"report: {out / 'report.html'}")
-    console.say("your own data: kilobayes train --data yours.csv --text-column text --label-column label --out runs/mine")
+    console.say("your own data: kilobayes train --data yours.csv --out runs/mine")

@@ -28,7 +28,7 @@ def predict(
 ) -> None:
     """Predictions of every row, in order; the data are read before the model is loaded."""
     from kilobayes import store
-    from kilobayes.tasks.data import load_examples
+    from kilobayes.workflows.data import load_as_trained
     from kilobayes.workflows.evaluate import prediction_rows
     from kilobayes.workflows.finetune import load
     from kilobayes.workflows.run import cut
@@ -37,7 +37,8 @@ def predict(
     if output != "-":
         check_writable(Path(output))
     rows: Any = _standard_input() if source == "-" else source
-    examples = load_examples(rows, text_column=text_column, pair_column=pair_column, need_labels=False)
+    named = {"text_column": text_column, "pair_column": pair_column}
+    examples = load_as_trained(folder, rows, need_labels=False, **named)
     fitted = load(folder, model=model, device=device)
     encoded = fitted.encode(examples)
     for line in cut(encoded.truncated, len(encoded), fitted, "input"):

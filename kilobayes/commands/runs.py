@@ -90,7 +90,7 @@ def evaluate(
     from kilobayes.workflows.folder import stored_cost
 
     classes = store.read_card(folder).classes  # the data first: loading a model takes longer
-    examples, other, name = _rows(data, split, ood, classes, columns, limit)
+    examples, other, name = _rows(folder, data, split, ood, classes, columns, limit)
     fitted = load(folder, model=model, device=device)
     fitted = replace(fitted, cost=stored_cost(folder))
     if out is not None:
@@ -111,6 +111,7 @@ def evaluate(
 
 
 def _rows(
+    folder: Path,
     data: str,
     split: str | None,
     ood: str | None,
@@ -119,10 +120,10 @@ def _rows(
     limit: int | None,
 ) -> tuple[Any, Any, str]:
     from kilobayes.tasks.data import available_splits, load_examples
-    from kilobayes.workflows.data import first_test
+    from kilobayes.workflows.data import first_test, load_as_trained
 
     name = split or first_test(available_splits(data))
-    examples = load_examples(data, name, classes=classes, limit=limit, **columns)
+    examples = load_as_trained(folder, data, name, classes=classes, limit=limit, **columns)
     other = None
     if ood:
         other = load_examples(ood, first_test(available_splits(ood)), need_labels=False, limit=limit)
@@ -149,7 +150,7 @@ def compare(
     check_writable(out / "metrics.json")
     done = work.compare(
         folders,
-        lambda classes: _rows(data, split, ood, classes, columns, limit),
+        lambda classes: _rows(folders[0], data, split, ood, classes, columns, limit),
         out,
         data,
         samples,

@@ -13,15 +13,7 @@ from kilobayes.metrics.intervals import LEVEL, Interval, Spread, bootstrap, over
 from kilobayes.metrics.record import Evaluation
 from kilobayes.metrics.table import DEFINITIONS
 
-__all__ = [
-    "Evaluation",
-    "Interval",
-    "Spread",
-    "over_seeds",
-    "paired_difference",
-    "summarise",
-    "to_json",
-]
+__all__ = ["Evaluation", "Interval", "Spread", "over_seeds", "paired_difference", "summarise", "to_json"]
 
 
 def summarise(

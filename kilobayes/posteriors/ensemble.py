@@ -50,12 +50,7 @@ class Ensemble:
         return self.base.init(theta, gen)
 
     def objective(
-        self,
-        state: Any,
-        theta: Params,
-        nll: Callable[[Params], Tensor],
-        streams: Streams,
-        progress: Progress,
+        self, state: Any, theta: Params, nll: Callable[[Params], Tensor], streams: Streams, progress: Progress
     ) -> Tensor:
         return ask.objective(self.base, state, theta, nll, streams, progress)
 

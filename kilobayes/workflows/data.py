@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kilobayes.errors import KilobayesError
-from kilobayes.options import Options
+from kilobayes.options import Options, read_yaml
 from kilobayes.tasks.data import Examples, available_splits, load_examples
 from kilobayes.tasks.split import stratified_holdout
 
@@ -142,3 +144,24 @@ def repeated(train: Examples, test: Examples) -> list[str]:
 
 def first_test(splits: list[str]) -> str | None:
     return next((t for t in TESTS if t in splits), splits[0] if splits else None)
+
+
+def load_as_trained(folder: Path, source: Any, split: str | None = None, **given: Any) -> Examples:
+    """Rows for a run, from the columns that it was trained on where they are there and no others are named.
+
+    Args:
+        folder: the run's; its run.yaml names the columns.
+        given: as :func:`load_examples` takes them; columns that are None are looked up.
+
+    Raises:
+        KilobayesError: as reading examples.
+    """
+    settings = read_yaml(folder / "run.yaml") if (folder / "run.yaml").exists() else {}
+    names = [f"{kind}_column" for kind in ("text", "pair", "label")]
+    trained = {k: settings[k] for k in names if settings.get(k) and given.get(k) is None}
+    if not given.get("need_labels", True):
+        trained.pop("label_column", None)
+    if trained:
+        with contextlib.suppress(KilobayesError):  # other data may name them differently
+            return load_examples(source, split, **(given | trained))
+    return load_examples(source, split, **given)

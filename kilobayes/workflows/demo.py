@@ -65,7 +65,8 @@ def arms(data: DemoCorpus, out: Path, seed: int, quick: bool, bar: Bar) -> Itera
             options = replace(common, posterior=fitted.card.posterior, out=str(folder))
         sizes = store.save(folder, fitted.model, fitted.posterior, fitted.state, fitted.card)
         write_yaml(folder / "run.yaml", options)
-        yield name, replace(fitted, cost=fitted.cost | {"stored_bytes": float(sizes["checkpoint"] + sizes["posterior"])})
+        stored = float(sizes["checkpoint"] + sizes["posterior"])
+        yield name, replace(fitted, cost=fitted.cost | {"stored_bytes": stored})
 
 
 def with_temperature(fitted: Fitted, calibration: Examples) -> Fitted:
@@ -99,7 +100,8 @@ def told(evaluation: Evaluation) -> list[Told]:
     if evaluation.ood_probs is not None and evaluation.ood_texts is not None:
         odd = int(evaluation.ood_probs.max(axis=1).argmin())
         p = evaluation.ood_probs[odd]
-        out.append(Told("never seen this kind", evaluation.ood_texts[odd], f"ask a human; at best {name(p, 1)}"))
+        said = f"ask a human; at best {name(p, 1)}"
+        out.append(Told("never seen this kind", evaluation.ood_texts[odd], said))
     return out
 
 
@@ -112,5 +114,5 @@ def finish(out: Path, evaluations: list[Evaluation], data: DemoCorpus) -> list[d
         "out-of-distribution rows": f"{len(data.ood)} of installed packages' docstrings",
         "SHA-256": data.digest,
     }
-    notes = ["Names of modules and functions are masked. The text drifts with the Python version: compare runs of one."]
+    notes = ["Names of modules and functions are masked. The text drifts with the Python version."]
     return work.write_outputs(out, evaluations, work.metadata("kilobayes demo", facts, notes))

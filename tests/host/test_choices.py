@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-)
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertModel
 
 from kilobayes import host

@@ -12,19 +12,7 @@ from kilobayes.adapters import LoRA
 from kilobayes.errors import KilobayesError
 from kilobayes.host.pairing import shared_prefix
 
-from .tiny import (
-    CLASSIFIERS,
-    OTHERS,
-    batch,
-    close,
-    config,
-    gradients,
-    hosted,
-    loop,
-    make,
-    repeated,
-    scores,
-)
+from .tiny import CLASSIFIERS, OTHERS, batch, close, config, gradients, hosted, loop, make, repeated, scores
 
 S = 3
 LAST = {"albert": [0], "t5": [1], "t5_encoder": [1], "t5_seq2seq": [1]}

@@ -6,9 +6,7 @@ import copy
 
 import pytest
 import torch
-from peft import (
-    get_peft_model,
-)
+from peft import get_peft_model
 
 from kilobayes import host, tree
 from kilobayes.errors import KilobayesError
