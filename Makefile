@@ -28,6 +28,7 @@ test: $(VENV)/test.stamp ## install, check style and types, run all tests
 
 lint: $(VENV)/test.stamp ## check style
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 types: $(VENV)/test.stamp ## check types
 	$(BIN)/mypy
