@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from kilobayes import cli
 
@@ -264,7 +265,8 @@ def test_tables_fit_and_cut_no_number_short(
     def interval(value: float) -> Interval:
         return Interval(value, value - 0.1, value + 0.1)
 
-    monkeypatch.setenv("COLUMNS", str(width))
+    # rich reads COLUMNS when a console is made, which another test may have done before this one
+    monkeypatch.setattr(console, "console", Console(stderr=True, highlight=False, width=width))
     names = ["LoRA", "LoRA + temperature", "LoRA + SWAG", "LoRA + MultiSWAG", "a" * 40, "b: c d e f g h"][
         :arms
     ]
