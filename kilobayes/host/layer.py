@@ -14,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from kilobayes.errors import KilobayesError
-from kilobayes.host.packing import low_rank_linear, packed_weights
+from kilobayes.host.packing import frozen_weights, low_rank_linear
 from kilobayes.host.rows import add, blocks, members
 from kilobayes.types import Adapter, LowRank, Operator, Params, Site, delta, map_tensors
 
@@ -130,10 +130,10 @@ class KilobayesLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         active = self.operators()
         if len(active) == 1 and isinstance(active[0], LowRank) and not args and not kwargs:
-            packed = packed_weights(self.base_layer)
-            if packed is not None and x.dtype == active[0].A.dtype:
+            frozen = frozen_weights(self.base_layer)
+            if frozen is not None and x.dtype == active[0].A.dtype:
                 blocks(x[:, :0], active[0].A.shape[0])  # the row check, on no data
-                return low_rank_linear(x, packed, active[0].A, active[0].B)
+                return low_rank_linear(x, frozen, active[0].A, active[0].B)
         y = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
