@@ -57,8 +57,9 @@ def nll(output: Any, labels: Tensor) -> Tensor:
     stack, scores = labels.shape[0], output.logits.float()
     if scores.dim() == 3:
         given = labels.reshape(scores.shape[:2])
-        scores, given = scores[:, :-1].transpose(1, 2), given[:, 1:]
-        return cross_entropy(scores, given, reduction="none").reshape(stack, -1)
+        following = given.roll(-1, dims=1)  # the last position has none: its loss is dropped, not its scores
+        each = cross_entropy(scores.flatten(0, 1), following.flatten(), reduction="none")
+        return each.view(given.shape)[:, :-1].reshape(stack, -1)
     return cross_entropy(scores, labels.flatten(), reduction="none").reshape(stack, -1)
 
 
