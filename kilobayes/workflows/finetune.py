@@ -138,6 +138,7 @@ def fit_examples(
     with measure() as cost, ExitStack() as stack:
         stack.enter_context(host.packed(model))
         stack.enter_context(host.read_token(model))
+        stack.enter_context(host.real_tokens(model))
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             stack.callback(model.gradient_checkpointing_disable)
