@@ -41,13 +41,17 @@ def parse(text: str, kind: str) -> Any:
 
 
 def format(method: Any) -> str:
-    """The shortest specification that gives the same object: fields at their defaults are left out."""
+    """The shortest specification that gives the same object, as a person writes it.
+
+    Fields at their defaults are left out, and a wrapped method that comes first needs no name.
+    """
     shown = []
-    for field in dataclasses.fields(method):
+    for place, field in enumerate(dataclasses.fields(method)):
         value = getattr(method, field.name)
         if value != field.default:
-            text = format(value) if dataclasses.is_dataclass(value) else repr(value)
-            shown.append(f"{field.name}={text}")
+            nested = dataclasses.is_dataclass(value)
+            text = format(value) if nested else repr(value)
+            shown.append(text if nested and place == 0 else f"{field.name}={text}")
     return f"{type(method).__name__}({', '.join(shown)})"
 
 

@@ -35,7 +35,7 @@ def test_posteriors(text: str, expected: object) -> None:
 
 
 def test_format_leaves_defaults_out() -> None:
-    assert spec.format(Temperature(SWAG(rank=4, scale=1.0))) == "Temperature(base=SWAG(rank=4))"
+    assert spec.format(Temperature(SWAG(rank=4, scale=1.0))) == "Temperature(SWAG(rank=4))"
     assert spec.format(LoRA(r=8)) == "LoRA()"
     assert spec.format(LoRA(alpha=3.5, rslora=True)) == "LoRA(alpha=3.5, rslora=True)"
 
