@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kilobayes.errors import KilobayesError
+from kilobayes.files import replacing
 from kilobayes.optim import AdamWState
 from kilobayes.random import Streams
 from kilobayes.tree import flatten_state, unflatten_state
@@ -26,17 +26,9 @@ def write_atomically(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """A safetensors file that is there whole or not at all: written beside it, flushed, then renamed."""
-    temporary = path.with_name(
-        f".{path.name}.part"
-    )  # one name, so that what a killed run left is written over
-    save_file(
-        {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
-        temporary,
-        dict(metadata or {}),
-    )
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(whole, temporary, dict(metadata or {}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -103,7 +95,6 @@ class Checkpoint:
         tensors |= {f"second|{k}": v for k, v in moments.second.items()}
         tensors |= {f"state|{k}": v for k, v in flatten_state(state).items()}
         tensors |= {"streams": streams.state(), "losses": losses, "alive": alive, "step": torch.tensor(step)}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, tensors, {"identity": json.dumps(self.identity, sort_keys=True)})
         self.last = time.monotonic()
 

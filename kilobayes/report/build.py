@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from kilobayes.errors import KilobayesError
+from kilobayes.files import write_text_atomically
 from kilobayes.metrics.calibration import BINS, reliability
 from kilobayes.metrics.evaluation import Evaluation, Interval
 from kilobayes.report import plots
@@ -93,17 +93,7 @@ def write_report(
     """Write ``build_page`` to ``path``, whole or not at all, making its folder; returns the path."""
     page = build_page(evaluations, summaries, meta)
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Same folder, so that the replacement is a rename within one file system, which is atomic.
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        with draft.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_text_atomically(target, page)
     return target
 
 

@@ -102,16 +102,16 @@ def crash(moment: str, text: str, path: Path) -> None:
         checkpoint.save_file = nth(4, torn, save)
         run(text, path)
     elif moment == "before a checkpoint is on disk":
-        checkpoint.os.fsync = nth(7, die, flush)
+        os.fsync = nth(7, die, flush)
         run(text, path)
     elif moment == "before a checkpoint is renamed":
-        checkpoint.os.replace = nth(1, die, rename)
+        os.replace = nth(1, die, rename)
         run(text, path)
     elif moment == "after a checkpoint is renamed":
-        checkpoint.os.replace = nth(8, rename_and_die, rename)
+        os.replace = nth(8, rename_and_die, rename)
         run(text, path)
     elif moment == "after the last":
-        checkpoint.os.replace = nth(9, rename_and_die, rename)
+        os.replace = nth(9, rename_and_die, rename)
         run(text, path)
 
 
