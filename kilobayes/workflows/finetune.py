@@ -17,7 +17,7 @@ from kilobayes import host, spec, store, train
 from kilobayes.checkpoint import Checkpoint
 from kilobayes.errors import KilobayesError
 from kilobayes.metrics.cost import measure
-from kilobayes.models import fingerprint, load_base
+from kilobayes.models import Base, fingerprint, load_base
 from kilobayes.optim import AdamW
 from kilobayes.options import Options
 from kilobayes.posteriors import ask
@@ -124,7 +124,7 @@ def fit_examples(
             f"{options.posterior} needs rows to calibrate on", "none", "as in --calibration 0.2"
         )
     base = load_base(options.model, examples.classes, dtype=options.dtype, device=device_of(options.device))
-    print_ = fingerprint(base.model, exclude=(*base.fresh, "classifier", "score"))
+    print_ = fingerprint_of(base)
     model = attach(base, options)
     task = Classify(
         base.tokenizer, tuple(examples.classes), min(options.max_length, base.longest or options.max_length)
@@ -135,29 +135,30 @@ def fit_examples(
     if checkpoint is not None:
         identity = options.identity() | {"base": print_, "rows": digest(examples)}
         save = Checkpoint(checkpoint, identity, resume=options.resume)
-    with measure() as cost, ExitStack() as stack:
-        stack.enter_context(host.packed(model))
-        stack.enter_context(host.read_token(model))
-        stack.enter_context(host.real_tokens(model))
-        if options.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            stack.callback(model.gradient_checkpointing_disable)
-        trained = train.fit(
-            model,
-            Rows(task, encoded),
-            class_nll(task),
-            posterior,
-            start(model, base, seeds),
-            settings_of(options, seeds),
-            save=save,
-            watch=watch,
-        )
+    with measure() as cost:
+        with ExitStack() as stack:
+            stack.enter_context(host.packed(model))
+            stack.enter_context(host.read_token(model))
+            stack.enter_context(host.real_tokens(model))
+            if options.gradient_checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+                stack.callback(model.gradient_checkpointing_disable)
+            trained = train.fit(
+                model,
+                Rows(task, encoded),
+                class_nll(task),
+                posterior,
+                start(model, base, seeds),
+                settings_of(options, seeds),
+                save=save,
+                watch=watch,
+            )
         check_learned(trained, options.lr)
         state = trained.state
         if trained.diverged:  # members that blew up are not pooled with those that learned
             learned = [m for m in range(len(seeds)) if m not in trained.diverged]
             state = state_member(state, torch.tensor(learned))
-        if calibration:
+        if calibration:  # predicts as any prediction does, so it brings its own contexts
             energy = CalibrationEnergy(model, task, task.encode(calibration))
             state = ask.fit(posterior, state, energy, generator(options.seed, 6))
     card = store.Card(
@@ -192,6 +193,11 @@ def check_learned(trained: train.Trained, lr: float) -> None:
         )
 
 
+def fingerprint_of(base: Base) -> str:
+    """The fingerprint of what stays frozen: heads, and what the files did not hold, are trained and saved."""
+    return fingerprint(base.model, exclude=(*base.fresh, "classifier", "score"))
+
+
 def digest(examples: Examples) -> str:
     """SHA-256 of texts and labels: what a checkpoint was trained on."""
     rows = zip(examples.texts, examples.pairs or examples.texts, examples.labels or [])
@@ -210,7 +216,7 @@ def load(folder: Path, *, model: str | None = None, device: str = "auto") -> Fit
     card = store.read_card(folder)
     name = model or card.base
     base = load_base(name, card.classes, dtype=card.dtype, device=device_of(device))
-    store.check_fingerprint(card, fingerprint(base.model, exclude=(*base.fresh, "classifier", "score")))
+    store.check_fingerprint(card, fingerprint_of(base))
     model_ = store.read_adapter(folder, base.model, card)
     posterior, state = store.read_state(folder, card, host.read(model_))
     task = Classify(base.tokenizer, tuple(card.classes), card.max_length)
