@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from kilobayes import host, tree
 from kilobayes.modes import evaluation
-from kilobayes.posteriors import ask
 from kilobayes.tasks.classify import Classify, Encoded
-from kilobayes.types import Params, Posterior
+from kilobayes.types import Params
 
 TOKENS_IN_FLIGHT = (
     1 << 15
@@ -112,48 +111,3 @@ def logits(
                     scores = host.check_rows(task.readout(model(**inputs)), count, len(rows))
                     out[first : first + count, rows] = scores.float().cpu()
     return out
-
-
-def predict(
-    model: nn.Module,
-    posterior: Posterior,
-    state: Any,
-    task: Classify,
-    encoded: Encoded,
-    *,
-    samples: int,
-    gen: torch.Generator,
-    batch_size: int = 32,
-) -> Predictive:
-    """The posterior predictive of every row.
-
-    Args:
-        samples: draws of a continuous posterior, in all: an ensemble's members share them, and get at least
-        one each. gen: where the draws come from.
-    """
-    theta = draw(posterior, state, samples, gen)
-    scores = logits(model, theta, task, encoded, batch_size=batch_size)
-    return Predictive(ask.transform(posterior, state, scores))
-
-
-def draw(posterior: Posterior, state: Any, samples: int, gen: torch.Generator) -> Params:
-    """Draws ``(n, ...)``: as many as asked for, or all there are of a point or an ensemble of points."""
-    there_are = posterior.support(state)
-    return posterior.sample(state, there_are or max(samples, ask.members(posterior)), gen)
-
-
-@dataclass(frozen=True, eq=False)
-class CalibrationEnergy:
-    """The model on the calibration split, as posteriors that are fitted after training ask for it."""
-
-    model: nn.Module
-    task: Classify
-    encoded: Encoded
-    batch_size: int = 32
-
-    @property
-    def labels(self) -> Tensor:
-        return self.task.labels(self.encoded, torch.arange(len(self.encoded)))
-
-    def logits(self, theta: Params) -> Tensor:
-        return logits(self.model, theta, self.task, self.encoded, batch_size=self.batch_size)

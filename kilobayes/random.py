@@ -20,7 +20,8 @@ def generator(*seed: int) -> torch.Generator:
 class Streams:
     """One generator per member, so that a stack draws what its members would draw alone.
 
-    Numbers are drawn on the CPU and moved, so they do not depend on the device.
+    Numbers are drawn on the CPU and moved, so they do not depend on the device. A tensor ``(S m, ...)``
+    holds m entries of each member, member by member, and each member's generator draws its m.
     """
 
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
@@ -28,12 +29,15 @@ class Streams:
 
     def normal(self, like: Tensor) -> Tensor:
         """Standard normal numbers of the shape ``(S, ...)``, dtype and device of ``like``."""
-        return torch.stack([torch.randn(like.shape[1:], generator=g) for g in self.generators]).to(like)
+        return torch.cat([torch.randn(self._part(like), generator=g) for g in self.generators]).to(like)
 
     def keep(self, like: Tensor, probability: float) -> Tensor:
         """Ones with the given probability, else zeros, in the shape ``(S, ...)`` of ``like``."""
-        drawn = [torch.rand(like.shape[1:], generator=g) < probability for g in self.generators]
-        return torch.stack(drawn).to(like)
+        drawn = [torch.rand(self._part(like), generator=g) < probability for g in self.generators]
+        return torch.cat(drawn).to(like)
+
+    def _part(self, like: Tensor) -> tuple[int, ...]:
+        return len(like) // len(self.generators), *like.shape[1:]
 
     def state(self) -> Tensor:
         """All generators' states ``(S, bytes)``, to resume from."""

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
-from kilobayes import host
+from kilobayes import host, tree
 from kilobayes.posteriors import ask
 from kilobayes.random import Streams, generator
 from kilobayes.types import Params, Posterior, Progress
@@ -97,10 +97,12 @@ class Step:
 
     def __post_init__(self) -> None:
         self.method: Any = host.method(self.model)
-        self.groups: dict[str, float] = getattr(self.method, "rates", dict)()
 
-    def run(self, state: Any, theta: Params, progress: Progress, autocast: str) -> Tensor:
-        """Losses ``(S,)`` of a step over the micro-batches; gradients are in ``theta``'s ``.grad``."""
+    def run(self, state: Any, theta: Params, progress: Progress, autocast: str) -> tuple[Tensor, Params]:
+        """Losses ``(S,)`` of a step, its penalty aside, and the weights drawn for it.
+
+        Gradients of losses and penalty are in ``theta``'s ``.grad``.
+        """
         stack = len(self.seeds)
         rows = [rows_of_step(s, progress.step - 1, len(self.data), self.batch_size) for s in self.seeds]
         whole = len(rows[0])
@@ -111,27 +113,33 @@ class Step:
         size = max(1, -(-count // self.accumulate))
         device = next(iter(theta.values())).device
         total = torch.zeros(stack, device=device)
-        dropped = self.method.drop(theta, self.streams) if getattr(self.method, "dropout", 0.0) else theta
+        # noise is drawn for the whole step: it depends neither on micro-batches nor on processes
+        drawn = ask.perturb(self.posterior, state, theta, whole, self.streams, progress)
+        used = self.method.drop(drawn, self.streams) if getattr(self.method, "dropout", 0.0) else drawn
+        each = tree.size(used) // stack  # 1, or a draw for every row
+        own = self.processes.share(torch.arange(whole))
         factors = Factors(self.model)
         for at in range(0, count, size):
             part = [r[at : at + size] for r in rows]
             share = len(part[0]) / whole
             inputs, labels = self.data.batch(torch.cat(part))
-
-            def nll(given: Params, inputs: dict = inputs, labels: Tensor = labels) -> Tensor:
-                factors.use(dropped if given is theta else given)
-                with torch.autocast(device.type, torch.bfloat16, enabled=autocast == "bf16"):
-                    output = self.model(**{k: v.to(device) for k, v in inputs.items()})
-                return self.nll(output, labels.to(device).reshape(stack, -1))
-
-            loss = ask.objective(self.posterior, state, theta, nll, self.streams, progress)
+            factors.use(used if each == 1 else _of_rows(used, stack, own[at : at + size]))
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast == "bf16"):
+                output = self.model(**{k: v.to(device) for k, v in inputs.items()})
+            loss = self.nll(output, labels.to(device).reshape(stack, -1)).mean(dim=1)
             (loss.sum() * share).backward()
             total += loss.detach() * share
-        factors.backward()
+        penalty = ask.penalty(self.posterior, state, theta, progress)
+        factors.backward(penalty.sum() / self.processes.count)
         if self.processes.count > 1:
             for value in theta.values():
                 value.grad = self.processes.sum(torch.zeros_like(value) if value.grad is None else value.grad)
-        return self.processes.sum(total)
+        return self.processes.sum(total), drawn
+
+
+def _of_rows(drawn: Params, stack: int, rows: Tensor) -> Params:
+    """The draws of some rows, from a draw for every row of each member."""
+    return {k: v.unflatten(0, (stack, -1))[:, rows.to(v.device)].flatten(0, 1) for k, v in drawn.items()}
 
 
 class Factors:
@@ -155,8 +163,11 @@ class Factors:
             self.pairs.append((built, detached))
             self.theta = theta
 
-    def backward(self) -> None:
-        """Carry the factors' gradients on into the leaves they were built from."""
+    def backward(self, penalty: Tensor) -> None:
+        """Carry the factors' gradients, and a penalty's, on into the leaves they were built from.
+
+        Together, since a penalty may share its graph with the weights that were drawn.
+        """
         roots, gradients = [], []
         for built, detached in self.pairs:
             for path, operator in built.items():
@@ -165,6 +176,9 @@ class Factors:
                     if isinstance(leaf, Tensor) and leaf.grad is not None:
                         roots.append(root)
                         gradients.append(leaf.grad)
+        if penalty.requires_grad:
+            roots.append(penalty)
+            gradients.append(torch.ones_like(penalty))
         if roots:
             torch.autograd.backward(roots, gradients)
 

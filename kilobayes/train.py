@@ -18,6 +18,7 @@ from kilobayes import checkpoint, host, optim
 from kilobayes.errors import KilobayesError
 from kilobayes.modes import checkpointing, evaluation
 from kilobayes.posteriors import ask
+from kilobayes.protocols import Energy
 from kilobayes.random import Streams, generator
 from kilobayes.step import Interrupts, Nll, Processes, Step, TrainData
 from kilobayes.tree import clone, map_state, size
@@ -69,7 +70,7 @@ class Trained:
 
     Attributes:
         state: the posterior's state, K members, on the CPU.
-        losses: mean loss of each member and step ``(steps, K)``, in nats per row.
+        losses: mean NLL of each member and step ``(steps, K)``, in nats per row, penalties aside.
         diverged: members that met a NaN or blew up, and were frozen there.
         stopped: "" when training ran to its end, else why it ended early ("time"); a checkpoint then holds
             where it stood, not what was made of it.
@@ -89,6 +90,7 @@ def fit(
     start: Params,
     settings: Settings,
     *,
+    energy: Energy | None = None,
     save: checkpoint.Checkpoint | None = None,
     watch: Callable[[Progress, Tensor], None] | None = None,
 ) -> Trained:
@@ -103,6 +105,7 @@ def fit(
         model: a model with a hosted adapter; its parameters stay as they are, ``start`` is installed instead.
         nll: the task's negative log-likelihood of a batch, rows grouped by member.
         start: initial leaves ``(S, ...)``, S = ``len(settings.seeds)``.
+        energy: the model on calibration rows, for a posterior that looks at them while training.
         save: where to keep checkpoints and whether to resume from one.
         watch: called after every step with the losses ``(S,)``.
 
@@ -120,7 +123,14 @@ def fit(
     if not len(data):
         raise KilobayesError("there are no rows to train on")
     device = next(model.parameters()).device
-    theta = {k: v.to(device).requires_grad_() for k, v in sorted(clone(start).items())}
+    if ask.validates(posterior) and energy is None:
+        raise KilobayesError(
+            f"{type(ask.innermost(posterior)).__name__} looks at calibration rows while it trains",
+            "found none",
+        )
+    theta = dict(sorted(clone(start).items()))
+    theta |= ask.extend(posterior, theta, Streams([generator(seed, 8) for seed in settings.seeds]))
+    theta = {k: v.to(device).requires_grad_() for k, v in theta.items()}
     rates = settings.rates().to(device)
     streams = Streams([generator(seed, 1) for seed in settings.seeds])
     state = posterior.init(theta, generator(settings.seeds[0], 3))
@@ -144,6 +154,7 @@ def fit(
         settings.accumulate,
         processes,
     )
+    groups = getattr(work.method, "rates", dict)() | ask.rates(posterior, theta)
 
     def own(step: int) -> float:
         return optim.linear((step - 0.5) / steps, settings.warmup)
@@ -155,7 +166,7 @@ def fit(
         with Interrupts() as interrupts, evaluation(model), checkpointing(model):
             for index in range(done, steps):
                 progress = Progress(index + 1, steps, per_epoch, len(data))
-                loss = work.run(state, theta, progress, settings.autocast)
+                loss, drawn = work.run(state, theta, progress, settings.autocast)
                 gradients = {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in theta.items()}
                 alive &= (
                     torch.isfinite(loss)
@@ -166,8 +177,14 @@ def fit(
                 if not alive.any():
                     raise _diverged(settings, losses, index)
                 moving = rates * alive * ask.rate(posterior, progress, own)
-                optim.step(settings.optimiser, moments, theta, gradients, moving, index + 1, work.groups)
+                if ask.optimises(posterior):
+                    with torch.no_grad():
+                        state = ask.update(posterior, state, theta, drawn, gradients, moving, progress)
+                else:
+                    optim.step(settings.optimiser, moments, theta, gradients, moving, index + 1, groups)
                 before, state, done = state, posterior.observe(state, theta, progress), index + 1
+                if energy is not None and progress.epoch_ended and ask.validates(posterior):
+                    state = ask.validate(posterior, state, theta, progress, energy)
                 if watch is not None:
                     watch(progress, loss)
                 late = bool(settings.max_seconds) and time.monotonic() - began > settings.max_seconds

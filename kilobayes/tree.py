@@ -33,9 +33,28 @@ def clone(params: Params) -> Params:
     return map_params(lambda t: t.detach().clone(), params)
 
 
-def select(params: Params, pattern: str) -> Params:
-    """The leaves whose key matches a glob such as ``"*/A"``."""
-    return {key: value for key, value in params.items() if fnmatchcase(key, pattern)}
+def chosen(params: Params, over: str) -> list[str]:
+    """Keys of the leaves that a posterior is over, sorted.
+
+    Args:
+        over: a glob such as ``"*/A"`` or ``"*/bank"``; "" is every leaf called A, else every leaf of the
+            adapter (all but those of heads, called weight and bias), else every leaf.
+
+    Raises:
+        ValueError: no leaf matches; the message names the leaves there are.
+    """
+    plain = sorted(key for key in params if "~" not in key)
+    if over:
+        found = [key for key in plain if fnmatchcase(key, over)]
+    else:
+        of_adapter = [key for key in plain if split_key(key)[1] not in ("weight", "bias")]
+        found = [key for key in plain if split_key(key)[1] == "A"] or of_adapter or plain
+    if not found:
+        names = ", ".join(sorted({split_key(key)[1] for key in plain}))
+        raise ValueError(
+            f"no leaf matches over={over!r}; leaves are called {names}, as in over='*/{names.split(', ')[0]}'"
+        )
+    return found
 
 
 def concatenate(stacks: Sequence[Params]) -> Params:

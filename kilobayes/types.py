@@ -15,8 +15,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from kilobayes.random import Streams
-
 Params = dict[str, Tensor]
 
 
@@ -129,25 +127,13 @@ class Progress:
         return self.step >= self.steps
 
 
-class Energy(Protocol):
-    """What a posterior fitted after training may ask of the model and the calibration split."""
-
-    @property
-    def labels(self) -> Tensor:
-        """Calibration labels ``(N,)``."""
-        ...
-
-    def logits(self, theta: Params) -> Tensor:
-        """Class scores ``(S, N, C)`` of a stack on the calibration split."""
-        ...
-
-
 @runtime_checkable
 class Posterior(Protocol):
     """A distribution over the trainable leaves: a frozen dataclass whose repr is its configuration.
 
     State is an immutable dataclass of tensors, every one with the member axis K first, so that an ensemble's
     state is the state of its members stacked. ``init`` annotates the state's type; files are read back by it.
+    What else a posterior may offer is in :mod:`kilobayes.protocols`.
     """
 
     def init(self, theta: Params, gen: torch.Generator) -> Any:
@@ -168,40 +154,4 @@ class Posterior(Protocol):
 
     def support(self, state: Any) -> int | None:
         """How many distinct draws there are (K for a point), or None for a continuous posterior."""
-        ...
-
-
-@runtime_checkable
-class Trains(Protocol):
-    """A posterior that changes what is minimised while training."""
-
-    def objective(
-        self, state: Any, theta: Params, nll: Callable[[Params], Tensor], streams: Streams, progress: Progress
-    ) -> Tensor:
-        """Loss of each member ``(S,)``, nats per row; ``nll(theta)`` is ``(S, B)``, noise of ``streams``."""
-        ...
-
-
-@runtime_checkable
-class Schedules(Protocol):
-    """A posterior that sets the learning rate late in training (SWA and SWAG)."""
-
-    def rate(self, progress: Progress, own: Callable[[int], float]) -> float:
-        """Learning rate of the step to come, relative to the peak; ``own(step)`` is the loop's, from 1."""
-        ...
-
-
-@runtime_checkable
-class Fits(Protocol):
-    """A posterior fitted once after training."""
-
-    def fit(self, state: Any, energy: Energy, gen: torch.Generator) -> Any: ...
-
-
-@runtime_checkable
-class Transforms(Protocol):
-    """A posterior that changes class scores at prediction (temperature)."""
-
-    def transform(self, state: Any, logits: Tensor) -> Tensor:
-        """Scores ``(S, N, C)`` to scores."""
         ...

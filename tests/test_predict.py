@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from kilobayes import host, tree
 from kilobayes.adapters import LoRA
+from kilobayes.energy import ModelEnergy, predict
 from kilobayes.posteriors import SWAG, Ensemble, Point, Temperature, ask
-from kilobayes.predict import CalibrationEnergy, Predictive, Rows, class_nll, draw, logits, predict
+from kilobayes.predict import Predictive, Rows, class_nll, logits
 from kilobayes.random import generator
 from kilobayes.tasks.classify import Classify, Encoded
 from kilobayes.testing.tiny import CLASSES, TinyRows, installed, perturbed, tiny_model, tiny_start
@@ -155,9 +156,9 @@ def test_the_posterior_predictive(model: torch.nn.Module, task: Classify) -> Non
     state = method.init(start, generator(1))
     true = serial(model, start).mean(dim=0).softmax(-1)  # labels that both members know something of
     labelled = Encoded(ROWS.ids, None, torch.multinomial(true, 1, generator=generator(2))[:, 0], 0)
-    state = method.fit(state, CalibrationEnergy(model, task, labelled), generator(1))
+    state = method.fit(state, ModelEnergy(model, task, labelled), generator(1))
     assert state.temperature.unique().numel() == 2
-    found = predict(model, method, state, task, ENCODED, samples=10, gen=generator(3))
+    found = predict(ModelEnergy(model, task, ENCODED), method, state, samples=10, gen=generator(3))
     expected = serial(model, method.mean(state)) / state.temperature[:, None, None]
     torch.testing.assert_close(found.logits, expected, rtol=1e-5, atol=2e-5)
     assert found.logits.dtype == torch.float32
@@ -170,11 +171,12 @@ def test_a_seed_gives_the_same_prediction(model: torch.nn.Module, task: Classify
     start = tiny_start(model, [1])
     state = observed(method, [start, *(perturbed(start, seed) for seed in range(5))])
     a, b, c = (
-        predict(model, method, state, task, ENCODED, samples=4, gen=generator(s)).logits for s in (3, 3, 4)
+        predict(ModelEnergy(model, task, ENCODED), method, state, samples=4, gen=generator(s)).logits
+        for s in (3, 3, 4)
     )
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
-    theta = draw(method, state, 4, generator(3))
+    theta = method.sample(state, ask.count(method, state, 4), generator(3))
     torch.testing.assert_close(a, ask.transform(method, state, serial(model, theta)), rtol=1e-5, atol=2e-5)
 
 

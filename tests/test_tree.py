@@ -21,7 +21,12 @@ def test_keys() -> None:
     assert tree.split_key("bert.layer.0/A") == ("bert.layer.0", "A")
     found = tree.leaves_of({k: torch.zeros(1) for k in ("a/A", "ab/A", "a/B", "*/bank")}, "a")
     assert sorted(found) == ["A", "B", "bank"]
-    assert list(tree.select({k: torch.zeros(1) for k in ("a/A", "b/A", "a/B")}, "*/A")) == ["a/A", "b/A"]
+    leaves = {k: torch.zeros(1) for k in ("b/A", "a/A", "a/B", "h/weight", "a/A~scale")}
+    assert tree.chosen(leaves, "*/A") == tree.chosen(leaves, "") == ["a/A", "b/A"]
+    assert tree.chosen({k: v for k, v in leaves.items() if "/A" not in k}, "") == ["a/B"]
+    assert tree.chosen({"h/weight": torch.zeros(1)}, "") == ["h/weight"]
+    with pytest.raises(ValueError, match="leaves are called A, B, weight"):
+        tree.chosen(leaves, "*/bank")
 
 
 def test_members(theta: Params) -> None:

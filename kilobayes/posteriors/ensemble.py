@@ -11,22 +11,21 @@ samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kilobayes.posteriors import ask
 from kilobayes.posteriors.point import Point
-from kilobayes.random import Streams
+from kilobayes.posteriors.wrapping import Wrapping
+from kilobayes.protocols import Energy
 from kilobayes.tree import concatenate_states, size, state_member
-from kilobayes.types import Energy, Params, Posterior, Progress
+from kilobayes.types import Params, Posterior
 
 
 @dataclass(frozen=True)
-class Ensemble:
+class Ensemble(Wrapping):
     """Several members trained from different seeds as one stack, their posteriors pooled.
 
     Args:
@@ -46,34 +45,17 @@ class Ensemble:
         if ask.members(self.base) > 1:
             raise ValueError("an ensemble of ensembles is one larger ensemble: Ensemble(base, members=...)")
 
+    def inner(self, state: Any) -> Any:
+        return state  # the base's, of K members
+
+    def around(self, state: Any, inner: Any) -> Any:
+        return inner
+
     def init(self, theta: Params, gen: torch.Generator) -> Any:
         return self.base.init(theta, gen)
-
-    def objective(
-        self, state: Any, theta: Params, nll: Callable[[Params], Tensor], streams: Streams, progress: Progress
-    ) -> Tensor:
-        return ask.objective(self.base, state, theta, nll, streams, progress)
-
-    def rate(self, progress: Progress, own: Callable[[int], float]) -> float:
-        return ask.rate(self.base, progress, own)
-
-    def observe(self, state: Any, theta: Params, progress: Progress) -> Any:
-        return self.base.observe(state, theta, progress)
 
     def fit(self, state: Any, energy: Energy, gen: torch.Generator) -> Any:
         count = size(self.base.mean(state))
         return concatenate_states(
             [ask.fit(self.base, state_member(state, k), energy, gen) for k in range(count)]
         )
-
-    def transform(self, state: Any, logits: Tensor) -> Tensor:
-        return ask.transform(self.base, state, logits)
-
-    def sample(self, state: Any, n: int, gen: torch.Generator) -> Params:
-        return self.base.sample(state, n, gen)
-
-    def mean(self, state: Any) -> Params:
-        return self.base.mean(state)
-
-    def support(self, state: Any) -> int | None:
-        return self.base.support(state)

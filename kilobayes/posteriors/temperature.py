@@ -10,7 +10,6 @@ probabilities are averaged.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,9 +18,10 @@ from torch import Tensor
 
 from kilobayes.posteriors import ask
 from kilobayes.posteriors.point import Point
-from kilobayes.random import Streams
+from kilobayes.posteriors.wrapping import Wrapping
+from kilobayes.protocols import Energy
 from kilobayes.tree import size, spread
-from kilobayes.types import Energy, Params, Posterior, Progress
+from kilobayes.types import Params, Posterior
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class TemperatureState:
 
 
 @dataclass(frozen=True)
-class Temperature:
+class Temperature(Wrapping):
     """One number that divides the scores, fitted on the calibration split, over any posterior.
 
     Args:
@@ -55,42 +55,17 @@ class Temperature:
     def init(self, theta: Params, gen: torch.Generator) -> TemperatureState:
         return TemperatureState(self.base.init(theta, gen), torch.ones(size(theta)))
 
-    def objective(
-        self,
-        state: TemperatureState,
-        theta: Params,
-        nll: Callable[[Params], Tensor],
-        streams: Streams,
-        progress: Progress,
-    ) -> Tensor:
-        return ask.objective(self.base, state.inner, theta, nll, streams, progress)
-
-    def rate(self, progress: Progress, own: Callable[[int], float]) -> float:
-        return ask.rate(self.base, progress, own)
-
-    def observe(self, state: TemperatureState, theta: Params, progress: Progress) -> TemperatureState:
-        return TemperatureState(self.base.observe(state.inner, theta, progress), state.temperature)
-
     def fit(self, state: TemperatureState, energy: Energy, gen: torch.Generator) -> TemperatureState:
-        inner, members = ask.fit(self.base, state.inner, energy, gen), len(state.temperature)
-        draws = self.base.sample(inner, self.base.support(inner) or max(self.samples, members), gen)
-        logits = ask.transform(self.base, inner, energy.logits(draws)).double()
-        labels = energy.labels.to(logits.device)
-        best = best_temperature(logits, labels)
-        return TemperatureState(inner, torch.full_like(state.temperature, best))
+        state = super().fit(state, energy, gen)
+        count = ask.count(self.base, state.inner, max(self.samples, len(state.temperature)))
+        drawn = ask.logits(self.base, state.inner, energy, count, gen)
+        logits = ask.transform(self.base, state.inner, drawn).double()
+        best = best_temperature(logits, energy.labels.to(logits.device))
+        return TemperatureState(state.inner, torch.full_like(state.temperature, best))
 
     def transform(self, state: TemperatureState, logits: Tensor) -> Tensor:
         divisor = state.temperature.to(logits)[spread(len(state.temperature), len(logits))]
         return ask.transform(self.base, state.inner, logits) / divisor[:, None, None]
-
-    def sample(self, state: TemperatureState, n: int, gen: torch.Generator) -> Params:
-        return self.base.sample(state.inner, n, gen)
-
-    def mean(self, state: TemperatureState) -> Params:
-        return self.base.mean(state.inner)
-
-    def support(self, state: TemperatureState) -> int | None:
-        return self.base.support(state.inner)
 
 
 def best_temperature(logits: Tensor, labels: Tensor) -> float:

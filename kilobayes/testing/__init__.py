@@ -6,6 +6,7 @@ together.
 """
 
 from kilobayes.testing.adapters import check_adapter
-from kilobayes.testing.posteriors import check_pair, check_posterior
+from kilobayes.testing.pairs import check_pair
+from kilobayes.testing.posteriors import check_posterior
 
 __all__ = ["check_adapter", "check_pair", "check_posterior"]

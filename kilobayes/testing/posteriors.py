@@ -1,8 +1,9 @@
-"""What every posterior must do, alone and together with an adapter."""
+"""What every posterior must do by itself, on weights that wander."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kilobayes import train, tree
+from kilobayes import tree
 from kilobayes.checkpoint import read_tensors, write_atomically
-from kilobayes.optim import AdamW
 from kilobayes.posteriors import ask
+from kilobayes.protocols import Jacobian
 from kilobayes.random import Streams, generator
-from kilobayes.testing.adapters import check_configuration, check_merge
-from kilobayes.testing.tiny import TinyRows, close, expect, nll, scores, tiny_model, tiny_start
-from kilobayes.types import Adapter, Params, Posterior, Progress
+from kilobayes.testing.adapters import check_configuration
+from kilobayes.testing.tiny import expect
+from kilobayes.types import Params, Posterior, Progress
 
 STEPS = 12
 
@@ -29,6 +30,10 @@ class ToyEnergy:
     features: Tensor
     labels: Tensor
 
+    @property
+    def train(self) -> ToyEnergy:
+        return self
+
     @classmethod
     def make(cls, rows: int = 40) -> ToyEnergy:
         gen = generator(17)
@@ -37,6 +42,24 @@ class ToyEnergy:
     def logits(self, theta: Params) -> Tensor:
         """``(S, N, 3)``."""
         return torch.einsum("nf,sfc->snc", self.features, theta["a/weight"]) + theta["b/bias"][:, None, :]
+
+    def each(self, theta: Params) -> Tensor:
+        """``(N, 3)`` of a stack of N, a member for each row, or of one member for all."""
+        weight, bias = theta["a/weight"].expand(len(self.labels), -1, -1), theta["b/bias"]
+        return torch.einsum("nf,nfc->nc", self.features, weight) + bias
+
+    def jacobians(
+        self, theta: Params, keys: Sequence[str], combine: Callable[[Tensor], Tensor]
+    ) -> Iterator[Jacobian]:
+        """Written out: the model is linear in its leaves."""
+        for rows in torch.arange(len(self.labels)).split(7):
+            logits = self.logits(theta)[0, rows]
+            weights = combine(logits)
+            parts = {
+                "a/weight": torch.einsum("bf,bcr->brfc", self.features[rows], weights),
+                "b/bias": weights.mT,
+            }
+            yield Jacobian(rows, logits, {key: parts[key] for key in keys})
 
 
 def walk(seeds: list[int], steps: int = STEPS) -> list[Params]:
@@ -51,16 +74,25 @@ def walk(seeds: list[int], steps: int = STEPS) -> list[Params]:
     return out
 
 
-def observed(posterior: Posterior, trajectory: list[Params]) -> Any:
-    """The state at the end of a trajectory, the weights changed in place as an optimiser does."""
-    steps = len(trajectory) - 1
+def observed(posterior: Posterior, trajectory: list[Params], seeds: Sequence[int] = ()) -> Any:
+    """The state at the end of a trajectory, the weights changed in place as an optimiser does.
+
+    Args:
+        seeds: one per member, for the noise of the posterior's own leaves; 0, 1, ... if not given.
+    """
+    steps, energy = len(trajectory) - 1, ToyEnergy.make()
+    seeds = seeds or range(tree.size(trajectory[0]))
     theta = tree.clone(trajectory[0])
+    theta |= tree.clone(ask.extend(posterior, theta, Streams([generator(seed, 8) for seed in seeds])))
     state = posterior.init(theta, generator(1))
     for step, weights in enumerate(trajectory[1:], 1):
         before, kept = state, flat_copy(state)
-        for key, value in theta.items():
-            value.copy_(weights[key])
-        state = posterior.observe(state, theta, Progress(step, steps, max(1, steps // 3), 40))
+        for key, value in weights.items():
+            theta[key].copy_(value)
+        progress = Progress(step, steps, max(1, steps // 3), 40)
+        state = posterior.observe(state, theta, progress)
+        if progress.epoch_ended:
+            state = ask.validate(posterior, state, theta, progress, energy)
         expect(
             not tree.first_difference(kept, tree.flatten_state(before)),
             "observe changed the state it was given",
@@ -98,12 +130,13 @@ def check_posterior(posterior: Posterior) -> None:
     members = ask.members(posterior)
     seeds = list(range(20, 20 + members))
     trajectory, energy = walk(seeds), ToyEnergy.make()
-    state = observed(posterior, trajectory)
+    state = observed(posterior, walk(seeds), seeds)
     _check_members(posterior, state, seeds)
     if not hasattr(posterior, "base"):  # an ensemble's members share the draws of what is fitted afterwards
-        alone = [observed(posterior, walk([seed])) for seed in (20, 21)]
+        alone = [observed(posterior, walk([seed]), [seed]) for seed in (20, 21)]
         odd = tree.first_difference(
-            flat_copy(tree.concatenate_states(alone)), flat_copy(observed(posterior, walk([20, 21])))
+            flat_copy(tree.concatenate_states(alone)),
+            flat_copy(observed(posterior, walk([20, 21]), [20, 21])),
         )
         expect(not odd, f"{odd} of a member depends on the other members")
     state = ask.fit(posterior, state, energy, generator(2))
@@ -117,7 +150,7 @@ def check_posterior(posterior: Posterior) -> None:
         "transform changes the shape or dtype of scores",
     )
     expect(bool(torch.isfinite(out).all()), "transform gives scores that are not finite")
-    _check_objective(posterior, trajectory[0], energy)
+    _check_objective(posterior, trajectory[0], energy, seeds)
 
 
 def _check_members(posterior: Posterior, state: Any, seeds: list[int]) -> None:
@@ -166,22 +199,33 @@ def check_draws(posterior: Posterior, state: Any) -> None:
     expect(distinct == expected, f"{count} draws hold {distinct} different ones; support says {support}")
 
 
-def _check_objective(posterior: Posterior, theta: Params, energy: ToyEnergy) -> None:
+def _check_objective(posterior: Posterior, start: Params, energy: ToyEnergy, seeds: list[int]) -> None:
     """One finite loss per member, whose gradient reaches every leaf of that member alone."""
-    leaves = {key: value.clone().requires_grad_() for key, value in theta.items()}
-    members = tree.size(theta)
-    streams = Streams([generator(6, member) for member in range(members)])
-
-    def loss_of(given: Params) -> Tensor:
-        logits = energy.logits(given).log_softmax(-1)
-        return -logits.gather(-1, energy.labels.expand(members, -1)[..., None])[..., 0]
-
-    state = posterior.init(leaves, generator(1))
-    loss = ask.objective(posterior, state, leaves, loss_of, streams, Progress(1, STEPS, 4, 40))
+    members, rows = tree.size(start), len(energy.labels)
+    streams = Streams([generator(seed, 6) for seed in seeds])
+    whole = start | ask.extend(posterior, start, streams)
+    leaves = {key: value.clone().requires_grad_() for key, value in whole.items()}
+    state, progress = posterior.init(leaves, generator(1)), Progress(1, STEPS, 4, 40)
+    drawn = ask.perturb(posterior, state, leaves, rows, streams, progress)
     expect(
-        loss.shape == (members,),
-        f"the objective is {tuple(loss.shape)}, not one number for each of {members} members",
+        set(drawn) == set(start),
+        f"the weights drawn for a step are {sorted(drawn)}, the adapter's {sorted(start)}",
     )
+    expect(
+        tree.size(drawn) in (members, members * rows),
+        f"{tree.size(drawn)} draws for {members} members of {rows} rows: not one for all, nor one for each",
+    )
+    each = {key: value.unflatten(0, (members, -1)) for key, value in drawn.items()}
+    logits = torch.stack(
+        [energy.each({key: value[m] for key, value in each.items()}) for m in range(members)]
+    ).log_softmax(-1)
+    loss = -logits.gather(-1, energy.labels.expand(members, -1)[..., None])[..., 0].mean(dim=1)
+    penalty = ask.penalty(posterior, state, leaves, progress)
+    expect(
+        penalty.shape == (members,),
+        f"the penalty is {tuple(penalty.shape)}, not one number for each of {members} members",
+    )
+    loss = loss + penalty
     expect(bool(torch.isfinite(loss).all()), "the objective is not finite")
     loss[0].backward()
     for key, leaf in leaves.items():
@@ -191,46 +235,3 @@ def _check_objective(posterior: Posterior, theta: Params, energy: ToyEnergy) -> 
             not bool(leaf.grad[1:].any()),
             f"the first member's objective has a gradient in other members' {key}",
         )
-
-
-def check_pair(adapter: Adapter, posterior: Posterior, epochs: int = 6, lr: float = 2e-2) -> None:
-    """An adapter trained under a posterior: the loss falls, and what was fitted predicts alike in every way.
-
-    Raises:
-        AssertionError: what happens instead.
-    """
-    rows, seeds = TinyRows.make(), list(range(30, 30 + ask.members(posterior)))
-    model = tiny_model(adapter)
-    settings = train.Settings(
-        lr=lr, epochs=epochs, batch_size=8, seeds=tuple(seeds), optimiser=AdamW(clip=1.0)
-    )
-    trained = train.fit(model, rows, nll, posterior, tiny_start(model, seeds), settings)
-    expect(not trained.diverged, f"members {trained.diverged} diverged at lr={lr}")
-    first, last = trained.losses[:6].mean(0), trained.losses[-6:].mean(0)
-    expect(bool((last < first).all()), f"the losses went from {first.tolist()} to {last.tolist()}")
-    with torch.no_grad():
-        energy = ModelEnergy(model, TinyRows.make(24, seed=1))
-        state = ask.fit(posterior, trained.state, energy, generator(2))
-        check_draws(posterior, state)
-        theta = posterior.sample(state, len(seeds) + 2, generator(3))
-        together = scores(model, theta, rows)
-        for index in range(tree.size(theta)):
-            alone = scores(model, tree.member(theta, index), rows)[0]
-            expect(close(together[index], alone), f"draw {index} in a stack differs from the same draw alone")
-        check_merge(model, tree.member(posterior.mean(state), 0), rows)
-
-
-@dataclass(frozen=True, eq=False)
-class ModelEnergy:
-    """A tiny model on calibration rows."""
-
-    model: Any
-    rows: TinyRows
-
-    @property
-    def labels(self) -> Tensor:
-        return self.rows.labels
-
-    def logits(self, theta: Params) -> Tensor:
-        """``(S, N, C)``."""
-        return scores(self.model, theta, self.rows)

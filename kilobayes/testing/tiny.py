@@ -110,6 +110,24 @@ class TinyRows:
         return {"input_ids": padded, "attention_mask": mask}, self.labels[rows]
 
 
+class TinyTask:
+    """The task of :class:`TinyRows`, as predictions ask for it."""
+
+    classes = tuple("abc")
+
+    def collate(self, rows: TinyRows, which: Tensor) -> dict[str, Tensor]:
+        """Padded model inputs."""
+        return rows.batch(which)[0]
+
+    def labels(self, rows: TinyRows, which: Tensor) -> Tensor:
+        """``(B,)``."""
+        return rows.labels[which]
+
+    def readout(self, output: Any) -> Tensor:
+        """Class scores ``(S B, C)``."""
+        return output.logits.float()
+
+
 def nll(output: Any, labels: Tensor) -> Tensor:
     """Nats ``(S, B)`` of a classification output and labels ``(S, B)``."""
     scores = output.logits.float().reshape(*labels.shape, -1).log_softmax(-1)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from kilobayes import store
+from kilobayes.energy import ModelEnergy
 from kilobayes.metrics import Evaluation, Interval
 from kilobayes.options import Options, write_yaml
 from kilobayes.posteriors import Temperature
 from kilobayes.posteriors.temperature import TemperatureState
-from kilobayes.predict import CalibrationEnergy
 from kilobayes.random import generator
 from kilobayes.tasks.data import Examples
 from kilobayes.tasks.docstrings import DemoCorpus, docstring_corpus
@@ -74,7 +74,7 @@ def with_temperature(fitted: Fitted, calibration: Examples) -> Fitted:
     posterior = Temperature(fitted.posterior)
     members = next(iter(fitted.posterior.mean(fitted.state).values())).shape[0]
     state = TemperatureState(fitted.state, torch.ones(members))
-    energy = CalibrationEnergy(fitted.model, fitted.task, fitted.task.encode(calibration))
+    energy = ModelEnergy(fitted.model, fitted.task, fitted.task.encode(calibration))
     state = posterior.fit(state, energy, generator(fitted.card.seed, 6))
     card = dataclasses.replace(fitted.card, posterior=repr(posterior))
     return replace(fitted, posterior=posterior, state=state, card=card)

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from kilobayes import host, spec, store, train
 from kilobayes.checkpoint import Checkpoint
+from kilobayes.energy import ModelEnergy, predict
 from kilobayes.errors import KilobayesError
 from kilobayes.metrics.cost import measure
 from kilobayes.models import Base, fingerprint, load_base
 from kilobayes.optim import AdamW
 from kilobayes.options import Options
 from kilobayes.posteriors import ask
-from kilobayes.predict import CalibrationEnergy, Predictive, Rows, class_nll, predict
+from kilobayes.predict import Predictive, Rows, class_nll
 from kilobayes.random import generator
 from kilobayes.tasks.classify import Classify, Encoded
 from kilobayes.tasks.data import Examples
@@ -75,15 +76,13 @@ class Fitted:
         """The posterior predictive; draws come from the run's own seed, so it repeats."""
         if samples is not None and samples < 1:
             raise KilobayesError("samples must be at least 1", f"found {samples}")
+        encoded = rows if isinstance(rows, Encoded) else self.encode(rows)
         return predict(
-            self.model,
+            ModelEnergy(self.model, self.task, encoded, batch_size),
             self.posterior,
             self.state,
-            self.task,
-            rows if isinstance(rows, Encoded) else self.encode(rows),
             samples=samples or self.card.samples,
             gen=generator(self.card.seed, 7),
-            batch_size=batch_size,
         )
 
 
@@ -135,6 +134,8 @@ def fit_examples(
     if checkpoint is not None:
         identity = options.identity() | {"base": print_, "rows": digest(examples)}
         save = Checkpoint(checkpoint, identity, resume=options.resume)
+    held = task.encode(calibration) if calibration else encoded
+    energy = ModelEnergy(model, task, held, trained=encoded)
     with measure() as cost:
         with ExitStack() as stack:
             stack.enter_context(host.packed(model))
@@ -150,6 +151,7 @@ def fit_examples(
                 posterior,
                 start(model, base, seeds),
                 settings_of(options, seeds),
+                energy=energy,
                 save=save,
                 watch=watch,
             )
@@ -158,9 +160,8 @@ def fit_examples(
         if trained.diverged:  # members that blew up are not pooled with those that learned
             learned = [m for m in range(len(seeds)) if m not in trained.diverged]
             state = state_member(state, torch.tensor(learned))
-        if calibration:  # predicts as any prediction does, so it brings its own contexts
-            energy = CalibrationEnergy(model, task, task.encode(calibration))
-            state = ask.fit(posterior, state, energy, generator(options.seed, 6))
+        # predicts as any prediction does, so it brings its own contexts
+        state = ask.fit(posterior, state, energy, generator(options.seed, 6))
     card = store.Card(
         posterior=repr(posterior),
         adapter=repr(host.method(model)),

@@ -14,8 +14,8 @@ from kilobayes import host, train, tree
 from kilobayes.adapters import LoRA
 from kilobayes.models import load_base
 from kilobayes.optim import AdamW
-from kilobayes.posteriors import SWAG, Ensemble
-from kilobayes.predict import Rows, class_nll, draw, logits
+from kilobayes.posteriors import SWAG, Ensemble, ask
+from kilobayes.predict import Rows, class_nll, logits
 from kilobayes.random import generator
 from kilobayes.tasks.classify import Classify
 from kilobayes.tasks.data import load_examples
@@ -100,7 +100,7 @@ def test_members_of_a_stack_equal_runs_alone(setting: Setting, double: bool, tol
 
 def test_one_forward_for_many_draws_equals_a_loop(setting: Setting) -> None:
     method = Ensemble(POSTERIOR, members=3)
-    theta = draw(method, setting.together.state, 6, generator(1))
+    theta = method.sample(setting.together.state, ask.count(method, setting.together.state, 6), generator(1))
     encoded = setting.rows.encoded
     found = logits(setting.model, theta, setting.task, encoded, batch_size=3)
     for index in range(6):

@@ -5,7 +5,7 @@ import torch
 
 from kilobayes import tree
 from kilobayes.posteriors import SWAG, Ensemble, Point, Temperature, ask
-from kilobayes.predict import Predictive, draw
+from kilobayes.predict import Predictive
 from kilobayes.random import generator
 from kilobayes.testing.posteriors import observed, walk
 
@@ -53,11 +53,11 @@ def test_draws_of_multiswag_stay_with_their_member() -> None:
 def test_how_many_draws_prediction_takes() -> None:
     points = Ensemble(Point(), members=3)
     state = points.init(walk([1, 2, 3])[0], generator(1))
-    assert tree.size(draw(points, state, 10, generator(1))) == 3
+    assert tree.size(points.sample(state, ask.count(points, state, 10), generator(1))) == 3
     gaussians = Ensemble(SWAG(start=0.0, snapshots=9), members=3)
     fitted = observed(gaussians, walk([1, 2, 3]))
-    assert tree.size(draw(gaussians, fitted, 10, generator(1))) == 10
-    assert tree.size(draw(gaussians, fitted, 2, generator(1))) == 3
+    assert tree.size(gaussians.sample(fitted, ask.count(gaussians, fitted, 10), generator(1))) == 10
+    assert tree.size(gaussians.sample(fitted, ask.count(gaussians, fitted, 2), generator(1))) == 3
 
 
 def test_members_of_wrapped_posteriors() -> None:
