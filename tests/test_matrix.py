@@ -11,6 +11,8 @@ from kilobayes.testing import check_adapter, check_pair, check_posterior
 # settings away from the defaults, by name; methods that are not named here run with their defaults alone
 OTHER = {
     "LoRA": ["LoRA(r=3, alpha=5.0, rslora=True, dropout=0.2)"],
+    "ASWA": ['ASWA(start=0.3, score="accuracy", rate_held=0.7, anneal=0.2)'],
+    "MCDropout": ['MCDropout(p=0.3, over="*", prior_precision=2.0)', "MCDropout(p=0.0)"],
     "Point": ["Point(prior_precision=3.0)"],
     "SWA": ["SWA(start=0.3, snapshots=4, rate_held=0.7, anneal=0.2)"],
     "SWAG": ["SWAG(rank=0, by_epoch=True)", "SWAG(rank=3, scale=0.5, snapshots=5)", "SWAG(scale=0.0)"],

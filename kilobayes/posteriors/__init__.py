@@ -1,9 +1,11 @@
 """Distributions over the trainable leaves, one paper in one file; ``__all__`` is the registry."""
 
+from kilobayes.posteriors.aswa import ASWA
+from kilobayes.posteriors.dropout import MCDropout
 from kilobayes.posteriors.ensemble import Ensemble
 from kilobayes.posteriors.point import Point
 from kilobayes.posteriors.swa import SWA
 from kilobayes.posteriors.swag import SWAG
 from kilobayes.posteriors.temperature import Temperature
 
-__all__ = ["SWA", "SWAG", "Ensemble", "Point", "Temperature"]
+__all__ = ["ASWA", "SWA", "SWAG", "Ensemble", "MCDropout", "Point", "Temperature"]

