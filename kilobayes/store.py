@@ -6,19 +6,17 @@ its place and renamed, then read back and compared.
 
 from __future__ import annotations
 
-import json
 import os
-import reprlib
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
 
-from kilobayes import __version__, host, spec, tree
+from kilobayes import host, spec, tree
+from kilobayes.card import Card, check_fingerprint, read_card
 from kilobayes.checkpoint import read_tensors, write_atomically
 from kilobayes.errors import KilobayesError
 from kilobayes.files import write_json
@@ -27,55 +25,7 @@ from kilobayes.posteriors import ask
 from kilobayes.random import generator
 from kilobayes.types import Params, Posterior
 
-FORMAT = 1
-LABEL_KINDS = ("str", "int", "float", "bool")
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a saved posterior says of itself, in ``posterior.json``.
-
-    Attributes:
-        posterior, adapter: specifications.
-        base: name of the base model; ``fingerprint`` is of its frozen weights.
-        classes: class names in index order.
-        max_length: longest row in tokens.
-        samples: draws at prediction unless asked otherwise.
-        seed: seed of the draws.
-        target_modules: sites of the adapter.
-        dtype: of the base.
-        paired: whether the rows are pairs of texts.
-        label_kind: type of the labels that the classes name: str, int, float or bool.
-        version, format: of the library and the files.
-    """
-
-    posterior: str
-    adapter: str
-    base: str
-    fingerprint: str
-    classes: list[str]
-    max_length: int
-    samples: int
-    seed: int
-    target_modules: list[str]
-    dtype: str = "float32"
-    paired: bool = False
-    label_kind: str = "str"
-    version: str = __version__
-    format: int = FORMAT
-
-    def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            parts = value if isinstance(value, list) else []
-            if type(value) is not (get_origin(kind) or kind) or any(type(part) is not str for part in parts):
-                raise ValueError(f"{name} is {reprlib.repr(value)}")
-        if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
-            raise ValueError(f"classes are {reprlib.repr(self.classes)}")
-        if self.samples < 1 or self.max_length < 1 or self.label_kind not in LABEL_KINDS:
-            raise ValueError(
-                f"{self.samples} samples, {self.max_length} tokens, labels of {self.label_kind!r:.20}"
-            )
+__all__ = ["Card", "check_fingerprint", "read_adapter", "read_card", "read_state", "save", "save_adapter"]
 
 
 def save(folder: Path, model: nn.Module, posterior: Posterior, state: Any, card: Card) -> dict[str, int]:
@@ -139,37 +89,6 @@ def _reload_difference(folder: Path, model: nn.Module) -> str:
     return tree.first_difference(theirs, {k: v.detach() for k, v in host.read(model, name).items()})
 
 
-def read_card(folder: Path) -> Card:
-    """The card of a run, without loading torch's tensors.
-
-    Raises:
-        KilobayesError: there is no run, or it is damaged or from a newer version.
-    """
-    path = folder / "posterior.json"
-    if not folder.is_dir() or not path.exists():
-        raise KilobayesError(
-            f"{folder} is no kilobayes run",
-            "it has no posterior.json" if folder.is_dir() else "there is no such folder",
-            "kilobayes train --out RUN makes one",
-        )
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, Mapping):
-            raise ValueError("not an object")
-        known = set(Card.__dataclass_fields__)
-        if int(found.get("format", FORMAT)) > FORMAT:
-            raise KilobayesError(
-                f"{path} was written by a newer kilobayes",
-                f"version {found.get('version')}",
-                "pip install -U kilobayes",
-            )
-        return Card(**{k: v for k, v in found.items() if k in known})
-    except (ValueError, TypeError, RecursionError) as error:
-        raise KilobayesError(
-            f"{path} is damaged", str(error)[:300], "copy it again from where it was made"
-        ) from None
-
-
 def read_state(folder: Path, card: Card, leaves: Params) -> tuple[Posterior, Any]:
     """The posterior and its state.
 
@@ -231,17 +150,3 @@ def read_adapter(folder: Path, base: nn.Module, card: Card) -> nn.Module:
             "copy the run's folder whole",
         )
     return model
-
-
-def check_fingerprint(card: Card, found: str) -> None:
-    """Refuse a base whose frozen weights are not those the run was trained on.
-
-    Raises:
-        KilobayesError: the fingerprints differ.
-    """
-    if card.fingerprint != found:
-        raise KilobayesError(
-            f"the base model {card.base!r} is not the one this run was trained on",
-            f"fingerprint {found[:12]}, trained on {card.fingerprint[:12]}",
-            "name the original with --model, or train again",
-        )
