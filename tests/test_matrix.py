@@ -16,9 +16,22 @@ OTHER = {
     "Point": ["Point(prior_precision=3.0)"],
     "SWA": ["SWA(start=0.3, snapshots=4, rate_held=0.7, anneal=0.2)"],
     "SWAG": ["SWAG(rank=0, by_epoch=True)", "SWAG(rank=3, scale=0.5, snapshots=5)", "SWAG(scale=0.0)"],
+    "IVON": [
+        "IVON(ess=0, weight_decay=0.5, hessian=0.2, gain=3.0, clip=0.0, beta1=0.8, beta2=0.9)",
+        "Ensemble(IVON(), members=2)",
+    ],
+    "MonteCLoRA": [
+        "MonteCLoRA(mixture=True, components=3, epsilon=0.1, eta=0.3)",
+        "MonteCLoRA(over='*/*', components=1, epsilon=0.1, alpha0=0.2, cooperative=False, by_row=True)",
+        "Temperature(Ensemble(MonteCLoRA(components=8), members=2), samples=4)",
+    ],
     "Ensemble": [
         "Ensemble(SWAG(rank=2), members=3)",
         "Ensemble(Temperature(SWAG(rank=3), samples=4), members=2)",
+    ],
+    "Scale": [
+        "Scale(Temperature(SWAG(rank=2)), of='scores', samples=3)",
+        "Temperature(Ensemble(Scale(SWAG(rank=2), tempered=False, samples=4), members=2))",
     ],
     "Temperature": [
         "Temperature(SWAG(rank=4), samples=5)",
