@@ -9,8 +9,7 @@ score on the calibration rows:
    (\varphi', w + 1) & \text{else if } v(\varphi') \ge v(\varphi) \quad \text{(soft)} \\
    (\varphi, w) & \text{else} \quad \text{(reject)} \end{cases}
 
-so v(phi) never falls, and where every average scores better phi is SWA's. The first epoch's average is theta,
-at v(phi) of minus infinity.
+so v(phi) never falls, and where every average scores better phi is SWA's. The first epoch's phi is theta.
 
 Departures. The score is the mean log-likelihood unless told otherwise: accuracy, the paper's, is the same for
 many averages on a few hundred rows, and ties are accepted. After a hard reset w is 1, not 0, at which
@@ -92,8 +91,9 @@ class ASWA:
             step = _each(share, old) * (running[key].double() - old.double())
             candidate[key] = (old.double() + step).to(old.dtype)
         here, there = self._value(running, energy), self._value(candidate, energy)
-        hard = here > torch.maximum(there, state.score)
-        soft = ~hard & (there >= state.score)
+        first = state.count == 0
+        hard = here > torch.where(first, state.score, torch.maximum(there, state.score))
+        soft = ~hard & ~first & (there >= state.score)
         average = {}
         for key, old in state.average.items():
             kept = torch.where(_each(soft, old), candidate[key], old)
