@@ -203,11 +203,10 @@ def fit(
 
 
 def _exploded(losses: Tensor, loss: Tensor, index: int, factor: float = 10.0) -> Tensor:
-    """Members whose loss is ten times that of their first steps, and at least 10 nats."""
-    if index < 5:
+    """Members whose loss is ten times that before the first update, and at least 10 nats."""
+    if index == 0:
         return torch.zeros_like(loss, dtype=torch.bool)
-    first = losses[:5].mean(dim=0).to(loss)
-    return loss > (factor * first).clamp(min=10.0)
+    return loss > (factor * losses[0].to(loss)).clamp(min=10.0)
 
 
 def _diverged(settings: Settings, losses: Tensor, index: int) -> KilobayesError:
