@@ -12,4 +12,16 @@ from kilobayes.posteriors.swa import SWA
 from kilobayes.posteriors.swag import SWAG
 from kilobayes.posteriors.temperature import Temperature
 
-__all__ = ["ASWA", "BLoB", "IVON", "SWA", "SWAG", "Ensemble", "MCDropout", "MonteCLoRA", "Point", "Scale", "Temperature"]
+__all__ = [
+    "ASWA",
+    "IVON",
+    "SWA",
+    "SWAG",
+    "BLoB",
+    "Ensemble",
+    "MCDropout",
+    "MonteCLoRA",
+    "Point",
+    "Scale",
+    "Temperature",
+]
