@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,17 +24,57 @@ from kilobayes.types import Params
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 
-@torch.no_grad()
-def adopt(model: Any) -> PeftModel:
-    """Turn a model with a trained PEFT LoRA into a hosted one, in place, with the same logits.
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """A model's plain PEFT LoRA, as a stack of one may hold it.
 
-    Use what is returned. The adapter keeps its name; its weights and trained heads become a stack of one. The
-    base is not changed. Where layers differ in rank, the smaller are filled up with zeros in both factors,
-    which stay zero under gradients. Where they differ in scale, it goes into B.
+    Attributes:
+        layers: adapted layers by site.
+        heads: the live leaves of trained linear layers.
+        rest: other trained parameters of heads, live, by their path once hosted.
+    """
+
+    name: str
+    config: LoraConfig
+    layers: dict[str, Any]
+    heads: Params
+    rest: Params
+
+    @property
+    def method(self) -> LoRA:
+        """Its rank is the largest there is."""
+        rank = max(layer.r[self.name] for layer in self.layers.values())
+        config = self.config
+        return LoRA(rank, float(config.lora_alpha), config.use_rslora, float(config.lora_dropout))
+
+    @torch.no_grad()
+    def leaves(self) -> Params:
+        """Copies ``(1, ...)`` of the weights as they are now, at least in float32.
+
+        Where layers differ in rank, the smaller are filled up with zeros in both factors. Where they differ
+        in scale, it goes into B.
+        """
+        method, theta = self.method, {}
+        for path, layer in self.layers.items():
+            a, b = (wide(factor[self.name].weight) for factor in (layer.lora_A, layer.lora_B))
+            theta[f"{path}/A"] = nn.functional.pad(a, (0, 0, 0, method.r - len(a)))
+            theta[f"{path}/B"] = nn.functional.pad(
+                b * (layer.scaling[self.name] / method.scale), (0, method.r - len(a))
+            )
+        theta |= {key: wide(value) for key, value in self.heads.items()}
+        return {key: value.detach().clone()[None] for key, value in theta.items()}
+
+
+def wide(value: Tensor) -> Tensor:
+    """In float32 where it was in half precision, whose averages would be lost in rounding."""
+    return value.float() if value.element_size() < 4 else value
+
+
+def plain(model: Any) -> Plain:
+    """The plain LoRA that a PeftModel carries.
 
     Raises:
-        KilobayesError: another method than plain LoRA, several adapters, or merged weights; nothing is
-            changed then.
+        KilobayesError: another method than plain LoRA, several adapters, or merged weights.
     """
     name, config = _plain(model)
     found: dict[str, Any] = {
@@ -41,17 +82,26 @@ def adopt(model: Any) -> PeftModel:
     }
     for path, layer in found.items():
         _check_layer(path, layer, name)
+    return Plain(name, config, found, *_heads(model, name))
+
+
+@torch.no_grad()
+def adopt(model: Any) -> PeftModel:
+    """Turn a model with a trained PEFT LoRA into a hosted one, in place, with the same logits.
+
+    Use what is returned. The adapter keeps its name; its weights and trained heads become a stack of one. The
+    base is not changed. Ranks and scales that differ between layers are made one, see :meth:`Plain.leaves`;
+    what is filled up stays zero under gradients.
+
+    Raises:
+        KilobayesError: another method than plain LoRA, several adapters, or merged weights; nothing is
+            changed then.
+    """
+    found = plain(model)
     keep_unpacked(model)
-    rank = max(layer.r[name] for layer in found.values())
-    alpha = float(config.lora_alpha)
-    ours = LoRA(r=rank, alpha=alpha, rslora=config.use_rslora, dropout=float(config.lora_dropout))
-    theta: Params = {}
-    for path, layer in found.items():
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight * (layer.scaling[name] / ours.scale)
-        theta[f"{path}/A"] = nn.functional.pad(a, (0, 0, 0, rank - len(a)))[None]
-        theta[f"{path}/B"] = nn.functional.pad(b, (0, rank - len(a)))[None]
-    heads, rest = _heads(model, name)
-    training = model.training
+    theta = found.leaves()
+    rest = {path: value.detach().clone() for path, value in found.rest.items()}
+    config, training = found.config, model.training
     for path, module in list(
         model.get_base_model().named_modules()
     ):  # PEFT leaves the trained heads in the base
@@ -61,8 +111,8 @@ def adopt(model: Any) -> PeftModel:
     base = model.unload()
     kept = {key: getattr(config, key) for key in _KEPT}
     kept["bias"] = "kilobayes_only" if config.bias == "lora_only" else config.bias
-    hosted: Any = get_peft_model(base, KilobayesConfig(adapter=ours, **kept), adapter_name=name)
-    write(hosted, theta | {key: value[None] for key, value in heads.items()})
+    hosted: Any = get_peft_model(base, KilobayesConfig(adapter=found.method, **kept), adapter_name=found.name)
+    write(hosted, theta)
     for path, value in rest.items():
         hosted.get_base_model().get_parameter(path).copy_(value)
     return hosted.train(training)
@@ -129,17 +179,17 @@ def _check_layer(path: str, layer: Any, name: str) -> None:
         )
 
 
-def _heads(model: Any, name: str) -> tuple[Params, dict[str, Tensor]]:
+def _heads(model: Any, name: str) -> tuple[Params, Params]:
     """Trained heads: leaves of their linear layers, and the other parameters by their path once hosted."""
     leaves: Params = {}
-    rest: dict[str, Tensor] = {}
+    rest: Params = {}
     for path, wrapper in model.get_base_model().named_modules():
         if isinstance(wrapper, ModulesToSaveWrapper) and name in wrapper.modules_to_save:
             for inner, module in wrapper.modules_to_save[name].named_modules():
                 for leaf, value in module.named_parameters(recurse=False):
                     if type(module) is nn.Linear:
-                        leaves[f"{'.'.join(p for p in (path, inner) if p)}/{leaf}"] = value.detach().clone()
+                        leaves[f"{'.'.join(p for p in (path, inner) if p)}/{leaf}"] = value
                     else:
                         parts = (path, "modules_to_save", name, inner, leaf)
-                        rest[".".join(p for p in parts if p)] = value.detach().clone()
+                        rest[".".join(p for p in parts if p)] = value
     return leaves, rest
