@@ -106,10 +106,11 @@ class MonteCLoRA:
     def extend(self, theta: Params, streams: Streams) -> Params:
         own: Params = {}
         for key in chosen(theta, self.over):
-            scales = (self.components, rows_of(theta[key])) if self.mixture else (rows_of(theta[key]),)
-            own[f"{key}~s"] = torch.zeros(size(theta), *scales)
+            leaf = theta[key]
+            scales = (self.components, rows_of(leaf)) if self.mixture else (rows_of(leaf),)
+            own[f"{key}~s"] = leaf.new_zeros(len(leaf), *scales)
             if self.components > 1:  # a single one has no weight to learn
-                own[f"{key}~a"] = torch.full((size(theta), self.components), math.log(self.alpha0))
+                own[f"{key}~a"] = leaf.new_full((len(leaf), self.components), math.log(self.alpha0))
         return own
 
     def init(self, theta: Params, gen: torch.Generator) -> MonteCLoRAState:
@@ -167,7 +168,7 @@ class MonteCLoRA:
         a = _concentrations(own)
         parts = noise.to(a).split(sizes, dim=1)
         xi = torch.stack(parts[::3], dim=1)
-        pi = (a + (-0.5 * a).exp() * xi[..., :-1]).softmax(dim=-1)
+        pi = weights(a, xi[..., :-1])
         scales = torch.cat([own[f"{key}~s"] for key in keys], dim=-1).exp()  # (n, all rows)
         of_row = [index for index, m in enumerate(rows) for _ in range(m)]
         if self.mixture:
@@ -185,6 +186,15 @@ class MonteCLoRA:
             drawn = torch.addcmul(leaf, deviation[..., None], z.reshape(leaf.shape), value=tau)
             out[key] = drawn.view(leaves[key].shape)
         return out
+
+
+def weights(a: Tensor, xi: Tensor) -> Tensor:
+    """pi of Dirichlet(exp a) by the Laplace bridge, at standard normal numbers: ``(..., N_s)``.
+
+    The bridge's Gaussian sums to zero, that is its covariance is that of ``exp(-a/2) xi`` with the mean over
+    components taken off, which softmax does not see.
+    """
+    return (a + (-0.5 * a).exp() * xi).softmax(dim=-1)
 
 
 def rows_of(leaf: Tensor) -> int:
