@@ -48,6 +48,13 @@ class ModelEnergy:
             return self
         return ModelEnergy(self.model, self.task, self.trained, self.batch_size)
 
+    def part(self, rows: int) -> ModelEnergy:
+        if rows >= len(self.encoded):
+            return self
+        even = torch.arange(rows) * len(self.encoded) // rows
+        trained = self.encoded if self.trained is None else self.trained
+        return ModelEnergy(self.model, self.task, self.encoded.take(even), self.batch_size, trained)
+
     def logits(self, theta: Params) -> Tensor:
         return logits(self.model, theta, self.task, self.encoded, batch_size=self.batch_size)
 

@@ -44,6 +44,10 @@ class Energy(Protocol):
         """The same model on the rows it was trained on."""
         ...
 
+    def part(self, rows: int) -> Energy:
+        """The same model on at most so many of the rows, evenly spaced."""
+        ...
+
     def logits(self, theta: Params) -> Tensor:
         """Class scores ``(S, N, C)`` of a stack."""
         ...

@@ -33,6 +33,10 @@ OTHER = {
         "Ensemble(SWAG(rank=2), members=3)",
         "Ensemble(Temperature(SWAG(rank=3), samples=4), members=2)",
     ],
+    "TFB": [
+        "TFB(SWA(), measure='accuracy', tolerance=0.02, labels='true', anchor='calibration', rows=20)",
+        "Temperature(Ensemble(TFB(tolerance=0.1, samples=3, bisections=2), members=2))",
+    ],
     "Scale": [
         "Scale(Temperature(SWAG(rank=2)), of='scores', samples=3)",
         "Temperature(Ensemble(Scale(SWAG(rank=2), tempered=False, samples=4), members=2))",

@@ -195,3 +195,17 @@ def test_rows_and_losses_as_the_loop_asks_for_them(
     expected = -serial(model, pair).log_softmax(-1)
     picked = [expected[m, r, ROWS.labels[r]] for m, r in ((0, 4), (0, 0), (1, 9), (1, 9))]
     torch.testing.assert_close(found, torch.stack(picked).reshape(2, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_some_rows_of_an_energy(model: torch.nn.Module, task: Classify) -> None:
+    count = len(ROWS.ids)
+    labelled = Encoded(ROWS.ids, None, torch.arange(count) % 3, 0)
+    whole = ModelEnergy(model, task, labelled)
+    theta = tiny_start(model, [1])
+    part = whole.part(count // 2)
+    which = torch.arange(count // 2) * count // (count // 2)
+    assert torch.equal(part.labels, whole.labels[which])
+    torch.testing.assert_close(part.logits(theta), whole.logits(theta)[:, which], rtol=1e-5, atol=2e-5)
+    assert whole.part(count + 1) is whole
+    assert part.train.encoded is labelled  # of which it is a part
+    assert ModelEnergy(model, task, labelled, trained=ENCODED).part(2).train.encoded is ENCODED

@@ -11,12 +11,14 @@ from kilobayes.posteriors.scale import Scale
 from kilobayes.posteriors.swa import SWA
 from kilobayes.posteriors.swag import SWAG
 from kilobayes.posteriors.temperature import Temperature
+from kilobayes.posteriors.tfb import TFB
 
 __all__ = [
     "ASWA",
     "IVON",
     "SWA",
     "SWAG",
+    "TFB",
     "BLoB",
     "Ensemble",
     "MCDropout",

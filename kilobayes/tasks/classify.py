@@ -32,6 +32,13 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def take(self, rows: Tensor) -> Encoded:
+        """Some of the rows, in the order given; how many were cut is said of all."""
+        which = rows.tolist()
+        types = None if self.type_ids is None else [self.type_ids[i] for i in which]
+        labels = None if self.labels is None else self.labels[rows]
+        return Encoded([self.ids[i] for i in which], types, labels, self.truncated)
+
 
 @dataclass(frozen=True, eq=False)
 class Classify:

@@ -34,6 +34,10 @@ class ToyEnergy:
     def train(self) -> ToyEnergy:
         return self
 
+    def part(self, rows: int) -> ToyEnergy:
+        """At most so many of the rows."""
+        return ToyEnergy(self.features[:rows], self.labels[:rows])
+
     @classmethod
     def make(cls, rows: int = 40) -> ToyEnergy:
         gen = generator(17)

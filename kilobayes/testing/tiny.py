@@ -101,6 +101,10 @@ class TinyRows:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def take(self, rows: Tensor) -> TinyRows:
+        """Some of the rows."""
+        return TinyRows([self.ids[i] for i in rows.tolist()], self.labels[rows])
+
     def batch(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Padded model inputs and labels, as the training loop asks for them."""
         chosen = [self.ids[i] for i in rows.tolist()]

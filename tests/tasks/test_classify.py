@@ -131,3 +131,13 @@ def test_what_cannot_be_a_task(bert: Any) -> None:
             Classify(bert, ["n", "y"], length)
     with pytest.raises(KilobayesError, match="read with other classes"):
         Classify(bert, ["y", "n"], 64).encode(PAIRS)
+
+
+def test_some_of_the_encoded_rows(bert: Any) -> None:
+    task = Classify(bert, ("a", "b"), max_length=16)
+    found = task.encode(Examples(["one", "two words", "three"], None, [0, 1, 0], ("a", "b")))
+    some = found.take(torch.tensor([2, 0]))
+    assert some.ids == [found.ids[2], found.ids[0]]
+    assert some.labels is not None
+    assert some.labels.tolist() == [0, 0]
+    assert len(some) == 2
