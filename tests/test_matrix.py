@@ -13,7 +13,7 @@ OTHER = {
     "LoRA": ["LoRA(r=3, alpha=5.0, rslora=True, dropout=0.2)"],
     "ASWA": ['ASWA(start=0.3, score="accuracy", rate_held=0.7, anneal=0.2)'],
     "BLoB": [
-        'BLoB(noise="flipout", over="*", prior=0.5, epsilon=0.2, kl=1e-4, cycle=5, speed=2.0)',
+        'BLoB(noise="flipout", over="*", prior=0.5, epsilon=0.2, kl=0.9, cost=0.02, cycle=5, speed=2.0)',
         'BLoB(noise="step", kl=0.0)',
     ],
     "MCDropout": ['MCDropout(p=0.3, over="*", prior_precision=2.0)', "MCDropout(p=0.0)"],
@@ -40,6 +40,11 @@ OTHER = {
     "Scale": [
         "Scale(Temperature(SWAG(rank=2)), of='scores', samples=3)",
         "Temperature(Ensemble(Scale(SWAG(rank=2), tempered=False, samples=4), members=2))",
+    ],
+    "Laplace": [
+        "Temperature(Laplace(over='head', structure='full', prior='evidence', samples=20))",
+        "Laplace(structure='diag', rank=3, prior=5.0, linearised=False)",
+        "Ensemble(Laplace(over='', rank=2, samples=7), members=2)",
     ],
     "Temperature": [
         "Temperature(SWAG(rank=4), samples=5)",

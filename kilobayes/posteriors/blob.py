@@ -45,7 +45,9 @@ class BLoB:
         epsilon: G starts uniform in (epsilon / sqrt 2, epsilon).
         noise: "row" for a draw of the weights for each row; "flipout" for one draw a step whose signs differ
             from row to row; "step" for one draw a step.
-        kl: weight of the Kullback-Leibler divergence relative to the evidence lower bound's.
+        kl: c, weight of the divergence relative to the evidence lower bound's.
+        cost: tau, nats a row: the divergence weighs no more than this per random number, so that its noise costs
+            the likelihood about tau / 2; 0 for no limit.
         cycle: optimiser steps over which the divergence is weighted 1, 2, 4, ...; 0 for evenly.
         speed: learning rate of G relative to that of the weights.
 
@@ -57,7 +59,8 @@ class BLoB:
     prior: float = 0.2
     epsilon: float = 0.05
     noise: str = "row"
-    kl: float = 0.01
+    kl: float = 1.0
+    cost: float = 0.1
     cycle: int = 0
     speed: float = 3.0
 
@@ -67,8 +70,9 @@ class BLoB:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
         if self.noise not in ("row", "flipout", "step"):
             raise ValueError(f"noise must be row, flipout or step, found {self.noise!r}")
-        if not 0.0 <= self.kl < float("inf"):
-            raise ValueError(f"kl must be a number from 0 up, found {self.kl}")
+        for name in ("kl", "cost"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a number from 0 up, found {getattr(self, name)}")
         if self.cycle < 0:
             raise ValueError(f"cycle must be a number of steps from 0 up, found {self.cycle}")
 
@@ -112,13 +116,16 @@ class BLoB:
     def penalty(self, state: BLoBState, theta: Params, progress: Progress) -> Tensor:
         mean = flat({key: theta[key] for key in noisy(theta)})
         scale = flat({key: theta[key + MARK] for key in noisy(theta)}).square()
-        return self.weight(progress) * divergence(mean, scale, self.prior)
+        return self.weight(progress, mean[0].numel()) * divergence(mean, scale, self.prior)
 
-    def weight(self, progress: Progress) -> float:
-        """What the divergence is multiplied by in this step, where the loss is a mean over rows."""
+    def weight(self, progress: Progress, numbers: int) -> float:
+        """w of this step, for P random numbers and N rows."""
+        even = self.kl / progress.rows
+        if self.cost:
+            even = min(even, self.cost / numbers)
         if not self.cycle:
-            return self.kl / progress.rows
-        return self.kl / progress.rows * self.cycle * share((progress.step - 1) % self.cycle + 1, self.cycle)
+            return even
+        return even * self.cycle * share((progress.step - 1) % self.cycle + 1, self.cycle)
 
     def observe(self, state: BLoBState, theta: Params, progress: Progress) -> BLoBState:
         return self.init(theta, torch.Generator()) if progress.done else state

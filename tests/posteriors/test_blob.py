@@ -83,17 +83,24 @@ def test_weights_of_the_papers_longest_cycle_do_not_overflow() -> None:
 def test_weight_of_the_divergence_over_training() -> None:
     """Evenly it is kl / N; in cycles the same on average; at kl = N / cycle a cycle's sum is the paper's."""
     steps = [Progress(i, 60, 10, 640) for i in range(1, 61)]
-    assert {BLoB(kl=0.5).weight(p) for p in steps} == {0.5 / 640}
-    cyclic = [BLoB(kl=0.5, cycle=20).weight(p) for p in steps]
+    assert {BLoB(kl=0.5, cost=0.0).weight(p, 10**6) for p in steps} == {0.5 / 640}
+    cyclic = [BLoB(kl=0.5, cost=0.0, cycle=20).weight(p, 7) for p in steps]
     assert np.mean(cyclic) == pytest.approx(0.5 / 640, rel=1e-5)
     assert cyclic[:20] == cyclic[20:40] == cyclic[40:]
-    paper = [BLoB(kl=640 / 20, cycle=20).weight(p) for p in steps]
+    paper = [BLoB(kl=640 / 20, cost=0.0, cycle=20).weight(p, 7) for p in steps]
     assert paper[19] == pytest.approx(2**20 / (2**21 - 1))
     assert sum(paper[:20]) == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize(("numbers", "expected"), [(100, 1 / 640), (128, 1 / 640), (1280, 0.2 / 1280)])
+def test_cost_limits_the_weight_where_there_are_many_numbers_for_the_rows(
+    numbers: int, expected: float
+) -> None:
+    assert BLoB(cost=0.2).weight(Progress(1, 60, 10, 640), numbers) == pytest.approx(expected)
+
+
 def test_penalty_is_the_weighted_divergence_of_the_chosen_leaves() -> None:
-    theta, method = leaves(2), BLoB(kl=0.3, prior=0.5)
+    theta, method = leaves(2), BLoB(kl=0.3, cost=0.0, prior=0.5)
     found = method.penalty(method.init(theta, generator(1)), theta, FIRST)
     expected = kl_divergence(Normal(theta["s/A"], theta["s/A~G"].square()), Normal(0.0, 0.5)).sum(dim=(1, 2))
     torch.testing.assert_close(found, 0.3 / 50 * expected)
@@ -292,7 +299,7 @@ def test_gradients_do_not_depend_on_micro_batches_or_recomputation(noise: str) -
 @pytest.mark.parametrize("noise", NOISES)
 def test_gradients_are_those_of_the_reparametrised_loss(noise: str) -> None:
     """Autograd straight through a model that runs row by row, with the noise solved from the draws."""
-    model, method = tiny_model(LoRA(r=2)).double(), BLoB(noise=noise, epsilon=0.5, kl=0.7)
+    model, method = tiny_model(LoRA(r=2)).double(), BLoB(noise=noise, epsilon=0.5, kl=0.7, cost=0.0)
     theta = {k: v.double().requires_grad_() for k, v in start_of(model, method, [5]).items()}
     state, progress = method.init(theta, generator(1)), Progress(1, 8, 4, 27)
     work = step.Step(
@@ -362,7 +369,16 @@ def test_members_train_as_they_would_alone() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"prior": 0.0}, {"epsilon": -1.0}, {"noise": "token"}, {"kl": -0.1}, {"cycle": -1}, {"speed": 0.0}],
+    [
+        {"prior": 0.0},
+        {"epsilon": -1.0},
+        {"noise": "token"},
+        {"kl": -0.1},
+        {"cost": -1.0},
+        {"kl": float("inf")},
+        {"cycle": -1},
+        {"speed": 0.0},
+    ],
 )
 def test_settings_outside_their_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
