@@ -106,8 +106,12 @@ class PosteriorCallback(TrainerCallback):
             raise KilobayesError(
                 f"{self.posterior!r} is fitted on class scores", "a language model", "as in SWAG(rank=10)"
             )
+        theta = self._theta()
         if folder is None:
-            self.state = self.posterior.init(self._theta(), generator(self.seed, 3))
+            self.state = self.posterior.init(theta, generator(self.seed, 3))
+        moved = map_params(lambda t: t + 1.0, theta)
+        if ask.penalty(self.posterior, self.state, moved, self._progress(state, 1)).any():
+            raise _takes_part(self.posterior)  # a prior, which the trainer's loss does not have
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Puts the posterior's learning rate in the place of the schedule's, for this step alone."""
@@ -208,17 +212,19 @@ def check_watches(posterior: Any) -> None:
     """Refuse a posterior that takes part in training, which a callback cannot.
 
     Raises:
-        KilobayesError: it draws, adds leaves or a penalty, moves the weights, or has several members.
+        KilobayesError: it draws, adds leaves, moves the weights, or has several members.
     """
     for part in ask.chain(posterior):
         own = any(_offers(part, name) for name in ("extend", "perturb", "update"))
-        prior = _offers(part, "penalty") and getattr(part, "prior_precision", 1.0) > 0
-        if own or prior or ask.members(posterior) > 1:
-            raise KilobayesError(
-                f"{part!r} takes part in training, so it cannot be collected by a callback",
-                "",
-                "use SWA, SWAG or ASWA here, or train with kilobayes",
-            )
+        if own or ask.members(posterior) > 1:
+            raise _takes_part(part)
+
+
+def _takes_part(posterior: Any) -> KilobayesError:
+    return KilobayesError(
+        f"{posterior!r} takes part in training, so it cannot be collected by a callback",
+        remedy="use SWA, SWAG or ASWA here, or train with kilobayes",
+    )
 
 
 def _fits(posterior: Any) -> bool:

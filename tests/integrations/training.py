@@ -80,7 +80,6 @@ def train(
     model: Any, folder: Path, *callbacks: Any, rows: int = 24, resume: Any = None, **options: Any
 ) -> Any:
     """A trainer that has trained, by default 12 steps of 8 rows in 4 epochs."""
-    resume = options.pop("resume", None)
     common = {
         "per_device_train_batch_size": 8, "num_train_epochs": 4, "learning_rate": 1e-2, "report_to": [],
         "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "seed": 3, "logging_strategy": "no",
