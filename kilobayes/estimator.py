@@ -51,7 +51,8 @@ class Classifier(ClassifierMixin, BaseEstimator):
         adapter, posterior: objects or specifications.
         calibration: share of the rows held out for calibration.
         samples: posterior samples that predictions average over.
-        lr, epochs, batch_size, max_length, target_modules, device, dtype: as flags of ``kilobayes train``.
+        lr, epochs, batch_size, at_once, max_length, target_modules, device, dtype: as flags of
+            ``kilobayes train``.
         seed: of everything random.
 
     Attributes:
@@ -70,6 +71,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         lr: float = Options.lr,
         epochs: int = Options.epochs,
         batch_size: int = Options.batch_size,
+        at_once: int = Options.at_once,
         max_length: int = Options.max_length,
         target_modules: str | None = None,
         device: str = "auto",
@@ -84,6 +86,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         self.lr = lr
         self.epochs = epochs
         self.batch_size = batch_size
+        self.at_once = at_once
         self.max_length = max_length
         self.target_modules = target_modules
         self.device = device
@@ -138,6 +141,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
             "lr",
             "epochs",
             "batch_size",
+            "at_once",
             "max_length",
             "target_modules",
             "device",

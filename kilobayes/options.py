@@ -49,6 +49,9 @@ class Options:
     lr: float = _o(2e-3, "Peak learning rate.", "learning-rate")
     epochs: int = _o(8, "Passes over the training rows.", "num-train-epochs")
     batch_size: int = _o(16, "Rows of a member in an optimiser step.", "per-device-train-batch-size")
+    at_once: int = _o(
+        0, "Members of an ensemble trained at once; fewer need less memory; 0 trains all of them."
+    )
     accumulate: int = _o(1, "Micro-batches of an optimiser step.", "gradient-accumulation-steps")
     max_length: int = _o(128, "Longest row in tokens; longer ones are cut, and counted.", "max-seq-length")
     weight_decay: float = _o(0.0, "Decoupled weight decay.")
@@ -113,7 +116,7 @@ class Options:
 
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("samples", "epochs", "batch_size", "accumulate", "limit", "limit_train"), (1, math.inf)),
-    **dict.fromkeys(("weight_decay", "clip", "max_minutes"), (0, math.inf)),
+    **dict.fromkeys(("weight_decay", "clip", "max_minutes", "at_once"), (0, math.inf)),
     "max_length": (4, math.inf),
     "warmup": (0, 1),
     "seed": (0, 2**63 - 1),

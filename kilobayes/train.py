@@ -64,6 +64,10 @@ class Settings:
         return torch.tensor(lr, dtype=torch.float32)
 
 
+class Diverged(KilobayesError):
+    """Every member met a NaN or blew up."""
+
+
 @dataclass(frozen=True, eq=False)
 class Trained:
     """What :func:`fit` returns.
@@ -110,9 +114,8 @@ def fit(
         watch: called after every step with the losses ``(S,)``.
 
     Raises:
-        KilobayesError: every member diverged (the message names the learning rate); no rows; another number
-        of
-            members than seeds.
+        Diverged: every member did; the message names the learning rate.
+        KilobayesError: no rows; another number of members than seeds.
         KeyboardInterrupt: passed on after a checkpoint was written.
     """
     stack = size(start)
@@ -209,11 +212,11 @@ def _exploded(losses: Tensor, loss: Tensor, index: int, factor: float = 10.0) ->
     return loss > (factor * losses[0].to(loss)).clamp(min=10.0)
 
 
-def _diverged(settings: Settings, losses: Tensor, index: int) -> KilobayesError:
+def _diverged(settings: Settings, losses: Tensor, index: int) -> Diverged:
     rates = ", ".join(f"{r:g}" for r in sorted(set(settings.rates().tolist())))
     last = ", ".join(f"{v:.3g}" for v in losses[max(0, index - 2) : index + 1, 0].tolist())
     lower = min(settings.rates().tolist()) / 5
-    return KilobayesError(
+    return Diverged(
         f"training diverged at step {index + 1} with learning rate {rates}",
         f"last losses: {last}",
         f"try a lower one, as in --lr {lower:g}",

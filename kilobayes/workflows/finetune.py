@@ -28,6 +28,7 @@ from kilobayes.tasks.classify import Classify, Encoded
 from kilobayes.tasks.data import Examples
 from kilobayes.tree import state_member
 from kilobayes.types import Posterior, Progress
+from kilobayes.workflows import chunks
 from kilobayes.workflows.attach import attach, device_of, member_seeds, start
 
 Watch = Callable[[Progress, Tensor], None]
@@ -144,13 +145,14 @@ def fit_examples(
             if options.gradient_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
                 stack.callback(model.gradient_checkpointing_disable)
-            trained = train.fit(
+            trained = chunks.fit(
                 model,
                 Rows(task, encoded),
                 class_nll(task),
                 posterior,
-                start(model, base, seeds),
+                lambda some: start(model, base, some),
                 settings_of(options, seeds),
+                options.at_once,
                 energy=energy,
                 save=save,
                 watch=watch,
