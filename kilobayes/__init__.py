@@ -17,6 +17,7 @@ _WHERE = {
     "KilobayesError": "kilobayes.errors",
     "LoRA": "kilobayes.adapters",
     "Point": "kilobayes.posteriors",
+    "PosteriorCallback": "kilobayes.integrations",
     "Predictive": "kilobayes.predict",
     "SWA": "kilobayes.posteriors",
     "SWAG": "kilobayes.posteriors",
