@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from kilobayes.commands import shell
 from kilobayes.commands.flags import (
     Data,
     Device,
@@ -27,7 +24,6 @@ from kilobayes.commands.flags import (
     Text,
     from_options,
 )
-from kilobayes.errors import explained
 from kilobayes.options import Options
 
 app = typer.Typer(
@@ -197,45 +193,14 @@ def _root(
     """Fine-tune language models with adapters of kilobytes that carry a Bayesian posterior."""
 
 
-def quiet() -> None:
-    """No chatter of other libraries, at the command line alone; ``PYTHONWARNINGS`` brings it back."""
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
 def run(arguments: list[str]) -> int:
     """A command line without the program's name; returns the exit code."""
-    try:
-        code = app(arguments or ["--help"], prog_name="kilobayes", standalone_mode=False) or 0
-        if code == 130:  # what typer makes of Ctrl-C
-            sys.stderr.write("stopped\n")
-        return code
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        return 1
-    except Exception as error:
-        told = explained(error)
-        if told is None:
-            raise
-        found = told.found.removeprefix("found").lstrip(": ")
-        if "--json" in arguments:
-            parts = {"error": told.wrong, "found": found, "remedy": told.remedy}
-            sys.stdout.write(json.dumps(parts) + "\n")
-        lines = [f"error: {told.wrong}", found and f"found: {found}", told.remedy and f"try:   {told.remedy}"]
-        sys.stderr.write("\n".join(line for line in lines if line) + "\n")
-        return told.exit_code
+    return shell.run(app, arguments)
 
 
 def main() -> None:
     """The console script. Exit codes: 0 good, 2 bad input, 3 an extra is missing, 130 stopped by Ctrl-C."""
-    quiet()
+    shell.quiet()
     sys.exit(run(sys.argv[1:]))
 
 
