@@ -16,7 +16,11 @@ OTHER = {
         'BLoB(noise="flipout", over="*", prior=0.5, epsilon=0.2, kl=0.9, cost=0.02, cycle=5, speed=2.0)',
         'BLoB(noise="step", kl=0.0)',
     ],
-    "MCDropout": ['MCDropout(p=0.3, over="*", prior_precision=2.0)', "MCDropout(p=0.0)"],
+    "MCDropout": [
+        'MCDropout(p=0.3, over="*", prior_precision=2.0)',
+        'MCDropout(p=0.2, noise="step")',
+        "MCDropout(p=0.0)",
+    ],
     "Point": ["Point(prior_precision=3.0)"],
     "SWA": ["SWA(start=0.3, snapshots=4, rate_held=0.7, anneal=0.2)"],
     "SWAG": ["SWAG(rank=0, by_epoch=True)", "SWAG(rank=3, scale=0.5, snapshots=5)", "SWAG(scale=0.0)"],
@@ -26,7 +30,7 @@ OTHER = {
     ],
     "MonteCLoRA": [
         "MonteCLoRA(mixture=True, components=3, epsilon=0.1, eta=0.3)",
-        "MonteCLoRA(over='*/*', components=1, epsilon=0.1, alpha0=0.2, cooperative=False, by_row=True)",
+        "MonteCLoRA(over='*/*', components=1, epsilon=0.1, cooperative=False, noise='row', speed=3.0)",
         "Temperature(Ensemble(MonteCLoRA(components=8), members=2), samples=4)",
     ],
     "Ensemble": [

@@ -79,7 +79,8 @@ class MonteCLoRA:
         alpha0: concentration of the Dirichlet prior, and of the start.
         cooperative: whether to penalise uneven weights.
         mixture: draw one component of its own scales instead of averaging.
-        by_row: a draw for each row of a batch, not one for all.
+        noise: "step" for one draw a step, as published; "row" for a draw of its own for each row.
+        speed: learning rate of s and a relative to that of the weights.
 
     Raises:
         ValueError: a setting outside its range.
@@ -92,12 +93,15 @@ class MonteCLoRA:
     alpha0: float = 1.0
     cooperative: bool = True
     mixture: bool = False
-    by_row: bool = False
+    noise: str = "step"
+    speed: float = 1.0
 
     def __post_init__(self) -> None:
         if self.components < 1:
             raise ValueError(f"components must be at least 1, found {self.components}")
-        for name in ("epsilon", "alpha0"):
+        if self.noise not in ("step", "row"):
+            raise ValueError(f"noise must be step or row, found {self.noise!r}")
+        for name in ("epsilon", "alpha0", "speed"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)}")
         if not 0.0 <= self.eta < math.inf:
@@ -113,6 +117,9 @@ class MonteCLoRA:
                 own[f"{key}~a"] = leaf.new_full((len(leaf), self.components), math.log(self.alpha0))
         return own
 
+    def rates(self, theta: Params) -> dict[str, float]:
+        return dict.fromkeys(_apart(theta)[1], self.speed)
+
     def init(self, theta: Params, gen: torch.Generator) -> MonteCLoRAState:
         return MonteCLoRAState(*_apart(clone(theta)))
 
@@ -122,7 +129,7 @@ class MonteCLoRA:
     def perturb(
         self, state: MonteCLoRAState, theta: Params, rows: int, streams: Streams, progress: Progress
     ) -> Params:
-        if self.by_row:
+        if self.noise == "row":
             theta = {key: value.repeat_interleave(rows, dim=0) for key, value in theta.items()}
         leaves, own = _apart(theta)
         some = next(iter(own.values()))

@@ -55,7 +55,7 @@ def assert_close(a: MonteCLoRAState, b: MonteCLoRAState, tolerance: float) -> No
         assert float((value - other[key]).abs().max()) <= tolerance * max(1.0, float(value.abs().max())), key
 
 
-@pytest.mark.parametrize("method", [MonteCLoRA(**QUIET), MonteCLoRA(by_row=True, **QUIET)])
+@pytest.mark.parametrize("method", [MonteCLoRA(**QUIET), MonteCLoRA(noise="row", **QUIET)])
 def test_one_step_of_the_likelihood_moves_mean_scales_and_weights(method: MonteCLoRA) -> None:
     """Published code replaces A in the forward pass, so that A never trains and s and a get no gradient."""
     start, trained = run(method, epochs=1, batch_size=27)
@@ -70,7 +70,7 @@ def test_one_step_of_the_likelihood_moves_mean_scales_and_weights(method: MonteC
         assert float(value.abs().min()) > 0, key
 
 
-@pytest.mark.parametrize("method", [MonteCLoRA(epsilon=2.0), MonteCLoRA(mixture=True, by_row=True)])
+@pytest.mark.parametrize("method", [MonteCLoRA(epsilon=2.0), MonteCLoRA(mixture=True, noise="row")])
 @pytest.mark.parametrize(
     "changes", [{"accumulate": 4}, {"recompute": True}, {"recompute": True, "accumulate": 3}]
 )
@@ -81,7 +81,7 @@ def test_neither_accumulation_nor_checkpointing_changes_a_step(
     assert_close(run(method, epochs=1, **changes)[1].state, run(method, epochs=1)[1].state, 1e-9)
 
 
-@pytest.mark.parametrize("method", [MonteCLoRA(), MonteCLoRA(mixture=True), MonteCLoRA(by_row=True)])
+@pytest.mark.parametrize("method", [MonteCLoRA(), MonteCLoRA(mixture=True), MonteCLoRA(noise="row")])
 def test_members_of_a_stack_equal_runs_alone(method: MonteCLoRA) -> None:
     seeds, rates = (5, 2), (0.01, 0.03)
     together = run(Ensemble(method, members=2), seeds=seeds, lr=rates, epochs=1)[1]

@@ -194,7 +194,7 @@ def test_penalty_written_out(cooperative: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [MonteCLoRA(), MonteCLoRA(mixture=True, epsilon=3.0), MonteCLoRA(by_row=True, components=2)]
+    "method", [MonteCLoRA(), MonteCLoRA(mixture=True, epsilon=3.0), MonteCLoRA(noise="row", components=2)]
 )
 def test_the_likelihood_reaches_the_scales_the_weights_and_the_mean(method: MonteCLoRA) -> None:
     """Of the likelihood alone, no divergence: each member's gradients are its own, and not zero."""
@@ -208,7 +208,7 @@ def test_the_likelihood_reaches_the_scales_the_weights_and_the_mean(method: Mont
             theta["x/A~s"] = theta["x/A~s"] + torch.linspace(-1, 1, 4)[:, None]
         theta = {k: v.clone().requires_grad_() for k, v in theta.items()}
         drawn = method.perturb(method.init(theta, generator(1)), theta, 6, streams, PROGRESS)
-        assert tree.size(drawn) == len(members) * (6 if method.by_row else 1)
+        assert tree.size(drawn) == len(members) * (6 if method.noise == "row" else 1)
         (drawn["x/B"] @ drawn["x/A"]).sin().sum().backward()
         return {k: v.grad for k, v in theta.items() if v.grad is not None}
 
@@ -223,7 +223,7 @@ def test_the_likelihood_reaches_the_scales_the_weights_and_the_mean(method: Mont
 
 def test_draws_at_a_step_are_the_draws_of_the_predictive() -> None:
     """The same law: variances of a step's draws and of the state's own draws agree."""
-    method = MonteCLoRA(components=3, by_row=True)
+    method = MonteCLoRA(components=3, noise="row")
     state = made(
         method, {"x/A": torch.zeros(1, 2, 3)}, s=torch.tensor([-1.0, 0.2]), a=torch.tensor([1.0, 0.0, 2.0])
     )
@@ -236,7 +236,7 @@ def test_draws_at_a_step_are_the_draws_of_the_predictive() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"components": 0}, "components"), ({"epsilon": 0.0}, "epsilon"), ({"alpha0": math.inf}, "alpha0"),
-     ({"eta": -1.0}, "eta")],
+     ({"eta": -1.0}, "eta"), ({"noise": "token"}, "noise"), ({"speed": 0.0}, "speed")],
 )  # fmt: skip
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
