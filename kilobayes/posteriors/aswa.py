@@ -37,7 +37,7 @@ SCORES = ("nll", "accuracy")
 
 @dataclass(frozen=True, eq=False)
 class ASWAState:
-    """``average`` ``(K, ...)`` of ``count`` ``(K,)`` epochs' weights, and its ``score`` ``(K,)``."""
+    """``average`` ``(K, ...)`` of ``count`` ``(K,)`` epochs' weights and ``score`` ``(K,)``; 0 before any."""
 
     average: Params
     count: Tensor
@@ -71,7 +71,7 @@ class ASWA:
 
     def init(self, theta: Params, gen: torch.Generator) -> ASWAState:
         zeros = torch.zeros(size(theta), device=next(iter(theta.values())).device)
-        return ASWAState(clone(theta), zeros, zeros.double() - math.inf)
+        return ASWAState(clone(theta), zeros, zeros.double())
 
     def rate(self, progress: Progress, own: Callable[[int], float]) -> float:
         return tail.rate(progress, own, self.start, self.rate_held, self.anneal)
@@ -92,7 +92,7 @@ class ASWA:
             candidate[key] = (old.double() + step).to(old.dtype)
         here, there = self._value(running, energy), self._value(candidate, energy)
         first = state.count == 0
-        hard = here > torch.where(first, state.score, torch.maximum(there, state.score))
+        hard = here > torch.where(first, -math.inf, torch.maximum(there, state.score))
         soft = ~hard & ~first & (there >= state.score)
         average = {}
         for key, old in state.average.items():

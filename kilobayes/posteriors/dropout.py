@@ -32,6 +32,8 @@ from kilobayes.random import Streams
 from kilobayes.tree import chosen, size
 from kilobayes.types import Params, Progress
 
+NOISE = ("row", "step")
+
 
 @dataclass(frozen=True)
 class MCDropout:
@@ -41,6 +43,8 @@ class MCDropout:
         p: probability that a column is dropped. An adapter's own dropout, as in ``LoRA(dropout=0.1)``, comes
             on top of it, while training only: a column is then kept with (1 - p)(1 - dropout).
         over: which leaves, as a glob such as ``"*/A"``; "" for A, or all of the adapter if none is called so.
+        noise: "row" for a mask for each row of a batch; "step" for one a step, which takes less memory: its
+            gradients are noisier.
         prior_precision: lambda, in nats per squared weight; 0 is no prior.
 
     Raises:
@@ -49,11 +53,14 @@ class MCDropout:
 
     p: float = 0.1
     over: str = ""
+    noise: str = "row"
     prior_precision: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.p < 1.0:
             raise ValueError(f"p must lie in [0, 1), found {self.p}")
+        if self.noise not in NOISE:
+            raise ValueError(f"noise must be {' or '.join(NOISE)}, found {self.noise!r}")
         self._point()
 
     def _point(self) -> Point:
@@ -68,7 +75,8 @@ class MCDropout:
     ) -> Params:
         if not self.p:
             return theta
-        each = {key: value.repeat_interleave(rows, dim=0) for key, value in theta.items()}
+        times = rows if self.noise == "row" else 1
+        each = {key: value.repeat_interleave(times, dim=0) for key, value in theta.items()}
         for key in chosen(theta, self.over):
             each[key] = each[key] * (streams.keep(mask_like(each[key]), 1.0 - self.p) / (1.0 - self.p))
         return each

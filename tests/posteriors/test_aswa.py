@@ -156,6 +156,7 @@ def test_only_the_tail_is_looked_at() -> None:
     # stopped by the clock before its tail, it is the last point
     stopped = method.observe(states[0], point(7.0), Progress(1, 1, 1, 10))
     assert stopped.average["s/A"].tolist() == [[7.0] * 3]
+    assert stopped.score.tolist() == [0.0]  # files hold no infinities
 
 
 @pytest.mark.parametrize("wrong", [{"start": 1.0}, {"score": "brier"}, {"rate_held": 0.0}, {"anneal": 0.6}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,15 @@ def test_a_member_draws_what_it_would_alone() -> None:
         assert not tree.first_difference(alone, tree.member(together, slice(7 * at, 7 * at + 7)))
 
 
+def test_a_mask_a_step() -> None:
+    """Four rows' worth of adapters is not made; the draw is that of a single row."""
+    step, row, theta = MCDropout(p=0.5, noise="step"), MCDropout(p=0.5), leaves()
+    state = step.init(theta, generator(1))
+    ours = step.perturb(state, theta, 4, streams(1, 2), PROGRESS)
+    assert tree.size(ours) == 2
+    assert not tree.first_difference(ours, row.perturb(state, theta, 1, streams(1, 2), PROGRESS))
+
+
 def test_draws_are_functions_with_the_mean_of_the_trained_leaf() -> None:
     method, theta, count = MCDropout(p=0.3), leaves(2), 20_000
     state = method.observe(method.init(theta, generator(1)), theta, Progress(10, 10, 5, 40))
@@ -108,10 +118,10 @@ def test_members_of_an_ensemble_share_the_draws() -> None:
     torch.testing.assert_close(draws["s/A"][kept], (2 * theta["s/A"][[0, 0, 0, 1, 1, 1]])[kept])
 
 
-@pytest.mark.parametrize("wrong", [{"p": 1.0}, {"p": -0.1}, {"prior_precision": -1.0}])
-def test_settings_outside_their_range(wrong: dict[str, float]) -> None:
+@pytest.mark.parametrize("wrong", [{"p": 1.0}, {"p": -0.1}, {"noise": "token"}, {"prior_precision": -1.0}])
+def test_settings_outside_their_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        MCDropout(**wrong)  # type: ignore[arg-type]
+        MCDropout(**wrong)
 
 
 def test_a_glob_that_fits_nothing_is_refused_before_training() -> None:
