@@ -5,6 +5,7 @@ from kilobayes.posteriors.blob import BLoB
 from kilobayes.posteriors.dropout import MCDropout
 from kilobayes.posteriors.ensemble import Ensemble
 from kilobayes.posteriors.ivon import IVON
+from kilobayes.posteriors.laplace import Laplace
 from kilobayes.posteriors.monteclora import MonteCLoRA
 from kilobayes.posteriors.point import Point
 from kilobayes.posteriors.scale import Scale
@@ -21,6 +22,7 @@ __all__ = [
     "TFB",
     "BLoB",
     "Ensemble",
+    "Laplace",
     "MCDropout",
     "MonteCLoRA",
     "Point",
