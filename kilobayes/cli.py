@@ -156,6 +156,24 @@ def export(
     runs.export(run, to, out, member, model)
 
 
+@app.command()
+def thin(
+    run: Run,
+    bytes_: Annotated[str, typer.Option("--bytes", help="Budget of the posterior and its mean, as 400kB.")],
+    out: Annotated[Path, typer.Option(help="Folder of the smaller run.")],
+    how: Annotated[str, typer.Option(help="rank: of SWAG; samples: a few draws; or auto.")] = "auto",
+    model: Model = None,
+    json_: Json = False,
+) -> None:
+    """Make a run's posterior smaller: a lower rank, a few draws, or fewer members."""
+    from kilobayes.commands import thin as command
+
+    command.thin(run, bytes_, how, out, model, as_json=json_)
+
+
+app.command()(calibrate)
+
+
 @app.command("list")
 def list_(
     model: Annotated[str | None, typer.Option(help="Also the bytes of each adapter on this model.")] = None,

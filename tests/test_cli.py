@@ -203,7 +203,8 @@ assert not {{"torch", "transformers", "peft"}} & set(sys.modules), "heavy"
 
 
 @pytest.mark.parametrize(
-    "command", ["", "demo", "train", "check", "predict", "evaluate", "compare", "export", "list", "env"]
+    "command",
+    ["", "demo", "train", "check", "predict", "evaluate", "compare", "export", "thin", "list", "env"],
 )
 def test_help_of_every_command(shell: Shell, command: str) -> None:
     assert "Usage: kilobayes" in shell(*command.split(), "--help")
@@ -213,7 +214,7 @@ def test_help_imports_nothing_heavy() -> None:
     code = """
 import sys
 from kilobayes.cli import run
-for command in ("demo", "train", "check", "predict", "evaluate", "compare", "export", "list", "env"):
+for command in ("demo", "train", "check", "predict", "evaluate", "compare", "export", "thin", "list", "env"):
     assert run([command, "--help"]) == 0
 assert not {"torch", "transformers", "peft", "numpy", "sklearn", "pandas"} & set(sys.modules)
 """
