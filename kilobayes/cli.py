@@ -10,8 +10,10 @@ import typer
 
 from kilobayes.commands import shell
 from kilobayes.commands.flags import (
+    Coverage,
     Data,
     Device,
+    HeldOut,
     Json,
     Label,
     Limit,
@@ -20,6 +22,7 @@ from kilobayes.commands.flags import (
     Pair,
     Run,
     Samples,
+    Sets,
     Split,
     Text,
     from_options,
@@ -83,13 +86,22 @@ def predict(
     pair_column: Pair = None,
     samples: Samples = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward.")] = 32,
+    coverage: Coverage = None,
+    sets: Sets = "lac",
+    max_error: Annotated[
+        float | None, typer.Option(help="Accept so many rows that at most this share is wrong, as 0.05.")
+    ] = None,
+    held_out: HeldOut = None,
     model: Model = None,
     device: Device = "auto",
 ) -> None:
     """Label, probabilities, confidence, entropy and mutual information of every row, in order."""
     from kilobayes.commands import predict as command
+    from kilobayes.commands.doubt import Doubt
 
-    command.predict(run, input, output, text_column, pair_column, samples, batch_size, model, device)
+    columns = {"text_column": text_column, "pair_column": pair_column}
+    doubt = Doubt(coverage, sets, max_error, held_out)
+    command.predict(run, input, output, columns, samples, batch_size, model, device, doubt)
 
 
 @app.command()
@@ -103,6 +115,9 @@ def evaluate(
     label_column: Label = None,
     limit: Limit = None,
     samples: Samples = None,
+    coverage: Coverage = None,
+    sets: Sets = "lac",
+    held_out: HeldOut = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for metrics.json, report.html and predictions.jsonl.")
     ] = None,
@@ -112,9 +127,11 @@ def evaluate(
 ) -> None:
     """Accuracy, calibration and uncertainty of a run on labelled data."""
     from kilobayes.commands import runs
+    from kilobayes.commands.doubt import Doubt
 
     columns = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
-    runs.evaluate(run, data, split, ood, columns, limit, samples, out, model, device, as_json=json_)
+    doubt = Doubt(coverage, sets, None, held_out)
+    runs.evaluate(run, data, split, ood, columns, limit, samples, out, model, device, doubt, as_json=json_)
 
 
 @app.command()

@@ -14,10 +14,12 @@ from sklearn.utils.validation import check_is_fitted
 
 from kilobayes import spec, store
 from kilobayes.errors import KilobayesError
+from kilobayes.metrics import conformal
 from kilobayes.options import Options, write_yaml
 from kilobayes.posteriors import ask
 from kilobayes.tasks.data import Examples, load_examples
 from kilobayes.tasks.split import stratified_holdout
+from kilobayes.workflows.conformal import write
 from kilobayes.workflows.finetune import Fitted, fit_examples, load
 
 
@@ -131,7 +133,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
             examples, held = examples.take(kept), examples.take(out)
         fitted = fit_examples(self._options(posterior), examples, held)
         kind = {"b": "bool", "i": "int", "u": "int", "f": "float"}.get(self.classes_.dtype.kind, "str")
-        self.fitted_ = replace(fitted, card=replace(fitted.card, label_kind=kind))
+        self.fitted_ = replace(fitted, card=replace(fitted.card, label_kind=kind)).calibrated(held)
         return self
 
     def _options(self, posterior: Any) -> Options:
@@ -179,11 +181,26 @@ class Classifier(ClassifierMixin, BaseEstimator):
         """The most probable label of each text; :meth:`predictive` says more."""
         return self.predictive(X).labels
 
+    def predict_sets(self, X: Any, coverage: float = 0.9, method: str = "lac") -> np.ndarray:
+        """Sets that hold the right label as often as asked: ``(N, C)`` booleans, classes as in ``classes_``.
+
+        They rest on the rows held out in ``fit``; see :mod:`kilobayes.metrics.conformal`.
+        """
+        check_is_fitted(self)
+        conformal.check(coverage, method)
+        return conformal.sets(self.fitted_.held(), self.predict_proba(X), coverage, method)
+
+    def threshold(self, max_error: float, confidence: float = 0.9) -> float:
+        """The confidence from which on at most ``max_error`` of the labels are wrong."""
+        check_is_fitted(self)
+        return conformal.threshold(self.fitted_.held(), max_error, confidence)
+
     def save(self, folder: str | Path) -> dict[str, int]:
         """Write a run that :func:`kilobayes.load` and the command line read; returns bytes by part."""
         check_is_fitted(self)
         fitted: Fitted = self.fitted_
         write_yaml(Path(folder) / "run.yaml", self._options(fitted.posterior))
+        write(Path(folder), fitted.calibration)
         return store.save(Path(folder), fitted.model, fitted.posterior, fitted.state, fitted.card)
 
     @classmethod

@@ -63,6 +63,7 @@ FILES = [
     "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
+    "calibration.safetensors",
     "checkpoints",
     "cost.json",
     "env.json",

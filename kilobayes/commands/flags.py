@@ -24,6 +24,14 @@ Label = Annotated[str | None, typer.Option(help="Column of the label.")]
 Split = Annotated[str | None, typer.Option(help="Split of the data; default test, then validation.")]
 Data = Annotated[str, typer.Option(help="Labelled data: a folder, a file or a hub id.")]
 Ood = Annotated[str | None, typer.Option(help="Out-of-distribution data.")]
+Coverage = Annotated[
+    float | None, typer.Option(help="Sets of labels that hold the right one so often, as 0.9; needs MAPIE.")
+]
+Sets = Annotated[str, typer.Option(help="How sets are made: lac, aps, raps or top_k.")]
+HeldOut = Annotated[
+    str | None,
+    typer.Option(help="Labelled rows for sets and errors, in place of the run's calibration rows."),
+]
 
 
 def from_options(function: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kilobayes.commands import console
+from kilobayes.commands.doubt import Doubt
 from kilobayes.commands.runs import check_writable
 from kilobayes.errors import KilobayesError
 
@@ -19,12 +20,12 @@ def predict(
     folder: Path,
     source: str,
     output: str,
-    text_column: str | None,
-    pair_column: str | None,
+    columns: dict[str, str | None],
     samples: int | None,
     batch_size: int,
     model: str | None,
     device: str,
+    doubt: Doubt,
 ) -> None:
     """Predictions of every row, in order; the data are read before the model is loaded."""
     from kilobayes import store
@@ -37,14 +38,18 @@ def predict(
     if output != "-":
         check_writable(Path(output))
     rows: Any = _standard_input() if source == "-" else source
-    named = {"text_column": text_column, "pair_column": pair_column}
-    examples = load_as_trained(folder, rows, need_labels=False, **named)
+    doubt.check(folder, samples, card.samples)
+    examples = load_as_trained(folder, rows, need_labels=False, **columns)
+    held = doubt.rows(folder, card.classes)
     fitted = load(folder, model=model, device=device)
     encoded = fitted.encode(examples)
     for line in cut(encoded.truncated, len(encoded), fitted, "input"):
         console.say(f"note: {line}")
     predictive = fitted.predict(encoded, samples, batch_size)
     records = list(prediction_rows(card.classes, predictive, examples))
+    if doubt.asked:
+        known = doubt.known(fitted, held, samples)
+        doubt.add(records, predictive.probs.numpy(), known, card.classes)
     _write(output, records)
     if output != "-":
         console.say(f"{len(records)} rows: {output}")
@@ -73,7 +78,8 @@ def _write(output: str, records: Iterable[dict[str, Any]]) -> None:
     elif output.endswith(".csv"):
         text = io.StringIO()
         flat = [
-            {k: v for k, v in r.items() if k != "probs"} | {f"p({c})": p for c, p in r["probs"].items()}
+            {k: json.dumps(v) if isinstance(v, list) else v for k, v in r.items() if k != "probs"}
+            | {f"p({c})": p for c, p in r["probs"].items()}
             for r in records
         ]
         writer = csv.DictWriter(text, fieldnames=list(flat[0]) if flat else ["text"])

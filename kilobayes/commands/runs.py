@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kilobayes.commands import console
+from kilobayes.commands.doubt import Doubt
 from kilobayes.errors import KilobayesError
 from kilobayes.options import Options
 
@@ -77,6 +78,7 @@ def evaluate(
     out: Path | None,
     model: str | None,
     device: str,
+    doubt: Doubt,
     *,
     as_json: bool,
 ) -> None:
@@ -89,8 +91,11 @@ def evaluate(
     from kilobayes.workflows.finetune import load
     from kilobayes.workflows.folder import stored_cost
 
-    classes = store.read_card(folder).classes  # the data first: loading a model takes longer
-    examples, other, name = _rows(folder, data, split, ood, classes, columns, limit)
+    card = store.read_card(folder)
+    doubt.check(folder, samples, card.samples)
+    # the data first: loading a model takes longer
+    examples, other, name = _rows(folder, data, split, ood, card.classes, columns, limit)
+    held = doubt.rows(folder, card.classes)
     fitted = load(folder, model=model, device=device)
     fitted = replace(fitted, cost=stored_cost(folder))
     if out is not None:
@@ -106,8 +111,13 @@ def evaluate(
         )
         console.say(f"report: {out / 'report.html'}")
     console.console.print(console.table([found.name], [summary], [found.cost]))
+    extra: dict[str, Any] = {}
+    if doubt.asked:
+        known = doubt.known(fitted, held, samples)
+        extra = {"sets": doubt.measured(found.probs, found.labels, known)}
     if as_json:
-        console.result({"run": str(folder), "data": data, "split": name} | work.headline(found, summary))
+        facts = {"run": str(folder), "data": data, "split": name}
+        console.result(facts | work.headline(found, summary) | extra)
 
 
 def _rows(

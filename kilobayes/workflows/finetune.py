@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from kilobayes import host, spec, store, train
 from kilobayes.checkpoint import Checkpoint
 from kilobayes.energy import ModelEnergy, predict
 from kilobayes.errors import KilobayesError
+from kilobayes.metrics.conformal import Calibration, missing
 from kilobayes.metrics.cost import measure
 from kilobayes.models import Base, fingerprint, load_base
 from kilobayes.optim import AdamW
@@ -28,7 +30,7 @@ from kilobayes.tasks.classify import Classify, Encoded
 from kilobayes.tasks.data import Examples
 from kilobayes.tree import state_member
 from kilobayes.types import Posterior, Progress
-from kilobayes.workflows import chunks
+from kilobayes.workflows import chunks, conformal
 from kilobayes.workflows.attach import attach, device_of, member_seeds, start
 
 Watch = Callable[[Progress, Tensor], None]
@@ -43,6 +45,7 @@ class Fitted:
         truncated: training rows that lost their end.
         trained: what the loop returned; None for a loaded run.
         cost: seconds, bytes; empty for a loaded run.
+        calibration: predictions of labelled rows that it was not trained on, if it was given any.
     """
 
     model: nn.Module
@@ -53,6 +56,7 @@ class Fitted:
     truncated: int = 0
     trained: train.Trained | None = None
     cost: dict[str, float] = dataclasses.field(default_factory=dict)
+    calibration: Calibration | None = None
 
     def encode(self, examples: Examples) -> Encoded:
         """Tokens of rows that are of the kind that the run was trained on.
@@ -85,6 +89,30 @@ class Fitted:
             samples=samples or self.card.samples,
             gen=generator(self.card.seed, 7),
         )
+
+    def calibrated(self, rows: Examples | None, samples: int | None = None) -> Fitted:
+        """The same with other calibration rows, which are seen through the draws of every prediction.
+
+        Raises:
+            KilobayesError: they have no labels, or are of another kind than the rows trained on.
+        """
+        if rows is None:
+            return dataclasses.replace(self, calibration=None)
+        if rows.labels is None:
+            raise KilobayesError("calibration rows need labels", remedy="name them with --label-column")
+        probs = self.predict(rows, samples).probs.numpy().astype(np.float32)
+        found = Calibration(probs, np.asarray(rows.labels, dtype=np.int64))
+        return dataclasses.replace(self, calibration=found)
+
+    def held(self) -> Calibration:
+        """The calibration rows.
+
+        Raises:
+            KilobayesError: there are none.
+        """
+        if self.calibration is None:
+            raise missing()
+        return self.calibration
 
 
 def settings_of(options: Options, seeds: list[int]) -> train.Settings:
@@ -208,4 +236,5 @@ def load(folder: Path, *, model: str | None = None, device: str = "auto") -> Fit
     model_ = store.read_adapter(folder, base.model, card)
     posterior, state = store.read_state(folder, card, host.read(model_))
     task = Classify(base.tokenizer, tuple(card.classes), card.max_length)
-    return Fitted(model_, task, posterior, state, card)
+    calibration = conformal.read(folder, len(card.classes))
+    return Fitted(model_, task, posterior, state, card, calibration=calibration)

@@ -18,6 +18,7 @@ from kilobayes.metrics import Evaluation, Interval
 from kilobayes.model_files import model_folder
 from kilobayes.options import Options, write_yaml
 from kilobayes.posteriors import ask
+from kilobayes.workflows import conformal
 from kilobayes.workflows import evaluate as evaluation
 from kilobayes.workflows.data import Splits, load_splits
 from kilobayes.workflows.finetune import Fitted, Watch, fit_examples
@@ -90,6 +91,8 @@ def train(
         losses = fitted.trained.losses.tolist()
         log.whole(losses, planned or len(losses))
     sizes = store.save(folder, fitted.model, fitted.posterior, fitted.state, fitted.card)
+    fitted = fitted.calibrated(splits.calibration)
+    conformal.write(folder, fitted.calibration)
     stored = float(sizes["checkpoint"] + sizes["posterior"])
     fitted = replace(fitted, cost=fitted.cost | {"stored_bytes": stored})
     write_json(folder / "cost.json", {k: round(v, 3) for k, v in fitted.cost.items()} | {"sizes": sizes})
