@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -14,12 +15,13 @@ FILE = "calibration.safetensors"
 
 
 def write(folder: Path, calibration: Calibration | None) -> None:
-    """Keep it, ``4 C + 8`` bytes a row; where there is none, none is left there."""
+    """Keep it beside ``run.yaml``, ``4 C + 8`` bytes a row; where there is none, none is left there."""
     if calibration is None:
         (folder / FILE).unlink(missing_ok=True)
         return
     found = {"probs": torch.from_numpy(calibration.probs), "labels": torch.from_numpy(calibration.labels)}
     write_atomically(folder / FILE, found)
+    shutil.copymode(folder / "run.yaml", folder / FILE)  # safetensors makes it the owner's alone
 
 
 def read(folder: Path, classes: int) -> Calibration | None:
