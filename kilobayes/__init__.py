@@ -23,6 +23,7 @@ _WHERE = {
     "SWAG": "kilobayes.posteriors",
     "Temperature": "kilobayes.posteriors",
     "adopt": "kilobayes.host.adopt",
+    "calibrate": "kilobayes.api",
     "compare": "kilobayes.api",
     "export_lora": "kilobayes.host.export",
     "load": "kilobayes.api",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kilobayes.estimator import Classifier
 from kilobayes.tasks.data import available_splits, load_examples
+from kilobayes.workflows import calibrate as _calibrate
 from kilobayes.workflows import compare as _compare
+from kilobayes.workflows.calibration_rows import Sources
 from kilobayes.workflows.data import first_test
 
 
@@ -19,6 +22,48 @@ def load(folder: str | Path, *, model: str | None = None, device: str = "auto") 
         KilobayesError: no run there, damaged files, or another base than it was trained on.
     """
     return Classifier.load(folder, model=model, device=device)
+
+
+def calibrate(
+    adapter: str | Path,
+    data: Any,
+    posterior: Any = None,
+    *,
+    train: Any = None,
+    split: str | None = None,
+    classes: Sequence[str] | None = None,
+    model: str | None = None,
+    max_length: int | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    seed: int = 0,
+) -> Classifier:
+    """A finished PEFT LoRA, or a run, with a posterior fitted to it; ``.save(folder)`` makes it a run.
+
+    Notes, such as that there are few rows, come as warnings.
+
+    Args:
+        adapter: folder of a LoRA that PEFT saved, or of a run.
+        data: labelled rows that it was not trained on, as :func:`kilobayes.tasks.data.load_examples` reads
+            them.
+        posterior: what to fit, such as ``Temperature(TFB())``; by default a temperature around what a run
+            has.
+        train: rows that it was trained on, for posteriors that need them.
+        split: of ``data``.
+        classes: names in index order of a LoRA, where no configuration has them and they are not sorted.
+        model: where the base model is now, if it moved.
+        max_length, dtype, seed: of a LoRA; a run keeps its own.
+
+    Raises:
+        KilobayesError: no adapter, one that cannot be calibrated, or rows that do not fit it.
+    """
+    done = _calibrate.calibrate(
+        Path(adapter), Sources(data, split, train), posterior, model=model, classes=classes,
+        max_length=max_length, dtype=dtype, device=device, seed=seed,
+    )  # fmt: skip
+    for note in done.notes:
+        warnings.warn(note, stacklevel=2)
+    return Classifier.around(done.fitted, model, device)
 
 
 def compare(

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kilobayes.commands import shell
+from kilobayes.commands.calibrate import calibrate
 from kilobayes.commands.flags import (
     Coverage,
     Data,

@@ -210,16 +210,14 @@ class Classifier(ClassifierMixin, BaseEstimator):
         Raises:
             KilobayesError: no run there, damaged files, or another base than it was trained on.
         """
-        fitted = load(Path(folder), model=model, device=device)
+        return cls.around(load(Path(folder), model=model, device=device), model, device)
+
+    @classmethod
+    def around(cls, fitted: Fitted, model: str | None = None, device: str = "auto") -> Classifier:
+        """A classifier that predicts with a model which has its posterior."""
         card = fitted.card
-        out = cls(
-            model or card.base,
-            card.adapter,
-            card.posterior,
-            samples=card.samples,
-            device=device,
-            dtype=card.dtype,
-        )
+        given: dict[str, Any] = {"samples": card.samples, "device": device, "dtype": card.dtype}
+        out = cls(model or card.base, card.adapter, card.posterior, **given)
         read: Any = {"bool": lambda c: c == "True", "int": int, "float": float, "str": str}[card.label_kind]
         out.classes_ = np.asarray([read(c) for c in card.classes])
         out.fitted_ = fitted
