@@ -10,11 +10,12 @@ predict in their own way. There c = 0 is the logarithmic pool (the geometric mea
 probabilities) and c = 1 the average of the probabilities; the mean over s is over all draws, and over a
 member's own where an ensemble is around.
 
-c has the lowest mean negative log-likelihood (nats) of the averaged probabilities, searched from c = 1 up or
-down in factors of 4 while it gets better, then twice as finely, then by a parabola in log c, with the same
-draws for every c. c = 0 and c = 1 are always looked at. That Gaussian approximations around a trained network
-need such a factor: Wenzel et al., arXiv:2002.02405; that it trades against temperature, so that both are to
-be chosen together: ``tempered``.
+c has the lowest mean negative log-likelihood (nats) of the averaged probabilities, with the same draws for
+every c. Scores are computed at sqrt(c) = 0, 1 and 2, and further up while it pays; a parabola through the
+last three, for each draw, row and class, says what they are between; the best c there is then computed, too,
+and what comes back is the best of those computed. That Gaussian approximations around a trained network need
+such a factor: Wenzel et al., arXiv:2002.02405; that it trades against temperature, so that both are to be
+chosen together: ``tempered``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from kilobayes.posteriors import ask
@@ -35,7 +37,7 @@ from kilobayes.protocols import Energy, Predicts
 from kilobayes.tree import member, size, spread
 from kilobayes.types import Params, Posterior
 
-FARTHEST = 4  # powers of 4 from 1
+DOUBLINGS = 4  # of the widest root of c, which is 2 at first
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,26 +95,29 @@ class Scale(Wrapping):
     def fit(self, state: ScaleState, energy: Energy, gen: torch.Generator) -> ScaleState:
         state = super().fit(replace(state, factor=torch.ones_like(state.factor)), energy, gen)
         count = ask.count(self.base, state.inner, max(self.samples, len(state.factor)))
-        labels = energy.labels
-        drawn: Params = {}
-        if self.of_scores(state):
+        labels, who = energy.labels, spread(len(state.factor), count)
+        scores = self.of_scores(state)
+        if scores:
             logits = ask.logits(self.base, state.inner, energy, count, gen)
         else:
             drawn = self.base.sample(state.inner, count, gen)
 
-        def loss(c: float) -> float:
-            new = self._with(state, c)
-            scores = energy.logits(self._scaled(new, drawn)) if drawn else logits
-            return mixture_nll(self.transform(new, scores).double(), labels.to(scores.device), self._tempered)
+        def at(root: float) -> Tensor:
+            new = replace(state, factor=torch.full_like(state.factor, root**2))
+            if scores:
+                return self.transform(new, logits).double()
+            theta = self._scaled(new, drawn) if root else self.base.mean(state.inner)
+            found = self.transform(new, energy.logits(theta)).double()
+            return found if root else found[who]
 
-        return self._with(state, search(loss))
+        def loss(found: Tensor) -> float:
+            return mixture_nll(found, labels.to(found.device), self._tempered)
+
+        return replace(state, factor=torch.full_like(state.factor, search(at, loss) ** 2))
 
     @property
     def _tempered(self) -> bool:
         return self.tempered and not any(isinstance(p, Temperature) for p in ask.chain(self.base))
-
-    def _with(self, state: ScaleState, c: float) -> ScaleState:
-        return replace(state, factor=torch.full_like(state.factor, c))
 
     def _scaled(self, state: ScaleState, drawn: Params) -> Params:
         who = spread(len(state.factor), size(drawn))
@@ -154,23 +159,26 @@ def mixture_nll(logits: Tensor, labels: Tensor, tempered: bool) -> float:
     return float(math.log(len(logits)) - picked.logsumexp(dim=0).mean())
 
 
-def search(loss: Callable[[float], float]) -> float:
-    """The c of the lowest loss among those looked at: about eight, 0 and 1 among them."""
-    seen: dict[float, float] = {}
+def search(at: Callable[[float], Tensor], loss: Callable[[Tensor], float]) -> float:
+    """The root of c with the lowest loss of those computed: 0, 1, 2, further ones, and the best between.
 
-    def at(log2: float) -> float:
-        c = 2.0**log2
-        if c not in seen:
-            seen[c] = loss(c)
-        return seen[c]
+    Args:
+        at: the scores at a root.
+    """
+    nodes = {root: at(root) for root in (0.0, 1.0, 2.0)}
+    for _ in range(DOUBLINGS + 1):
+        near = sorted(nodes)[-3:]
 
-    best = 0.0
-    for step in (2.0, -2.0):
-        while abs(best + step) <= 2 * FARTHEST and at(best + step) < at(best):
-            best += step
-    best = min((best, best + 1, best - 1), key=at)
-    left, middle, right = at(best - 1), at(best), at(best + 1)
-    if (curvature := left - 2 * middle + right) > 0:
-        at(best + max(-1.0, min(1.0, (left - right) / (2 * curvature))))
-    seen[0.0] = loss(0.0)
-    return min(seen, key=lambda c: (seen[c], abs(math.log2(c)) if c else math.inf))
+        def between(root: float, near: list[float] = near) -> float:
+            weights = [math.prod((root - b) / (a - b) for b in near if b != a) for a in near]
+            return loss(torch.stack([w * nodes[a] for w, a in zip(weights, near, strict=True)]).sum(dim=0))
+
+        grid = [near[0] + (near[2] - near[0]) * cell / 8 for cell in range(9)]
+        first = min(range(9), key=lambda cell: between(grid[cell]))
+        if first < 8 or len(nodes) == 3 + DOUBLINGS:
+            break
+        nodes[2 * near[2]] = at(2 * near[2])
+    bounds = (grid[max(first - 1, 0)], grid[min(first + 1, 8)])
+    best = float(minimize_scalar(between, bounds=bounds, method="bounded", options={"xatol": 1e-2}).x)
+    nodes[best] = at(best)
+    return min(nodes, key=lambda root: (loss(nodes[root]), abs(root - 1)))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +93,8 @@ def test_finds_by_how_much_a_covariance_is_wrong(width: float, c: float) -> None
     error = math.sqrt(h**2 / (values[0] - 2 * values[1] + values[2]) / len(energy.labels))
     assert error < 0.3
     assert abs(math.log(float(state.factor[0]) / c)) < 5 * error
-    assert len(energy.asked) - 3 <= 10  # predictions of the calibration rows
+    assert energy.asked[:3] == [1, 80, 80]  # predictions of the calibration rows: the mean, and draws
+    assert len(energy.asked) - 3 <= (4 if c < 4 else 5)
 
 
 def test_finds_the_width_and_the_temperature_together() -> None:
@@ -110,24 +112,32 @@ def test_finds_the_width_and_the_temperature_together() -> None:
     assert nll(double, 0.5, found[True][0], True, 30) < nll(double, 0.5, found[False][0], True, 30)
 
 
-@pytest.mark.parametrize("at", [-6.3, -0.4, 0.0, 1.7, 5.9])
-def test_search_on_a_parabola_is_exact_and_short(at: float) -> None:
+def computed(value: Callable[[float], float]) -> tuple[float, list[float]]:
+    """What the search finds where scores are a function of the root of c, and the loss is its square."""
     asked: list[float] = []
 
-    def loss(c: float) -> float:
-        asked.append(c)
-        return (math.log2(c) - at) ** 2 if c else 1e3
+    def at(root: float) -> Tensor:
+        asked.append(root)
+        return torch.tensor([value(root)], dtype=torch.float64)
 
-    assert math.log2(search(loss)) == pytest.approx(at, abs=1e-9)
-    assert len(asked) == len(set(asked)) <= 11
-    assert {0.0, 1.0} <= set(asked)
+    return search(at, lambda found: float(found.square().sum())), asked
+
+
+@pytest.mark.parametrize("best", [0.04, 0.6, 1.0, 1.9, 3.1, 12.0])
+def test_search_is_exact_where_scores_are_parabolas_and_short(best: float) -> None:
+    found, asked = computed(lambda root: (root - best) * (root + 20))
+    assert found == pytest.approx(best, abs=2e-2)
+    assert (
+        len(asked) == len(set(asked)) == 4 + max(0, math.ceil(math.log2(best / 1.875)))
+    )  # the last of 8 cells
+    assert asked[:3] == [0.0, 1.0, 2.0]
 
 
 def test_search_prefers_none_to_the_mean_and_stays_at_one_where_nothing_changes() -> None:
-    assert search(lambda c: 1.0) == 1.0
-    assert search(lambda c: c) == 0.0
-    assert search(lambda c: -c) == 2.0**10  # the bound
-    assert search(lambda c: float(c != 1)) == 1.0
+    assert computed(lambda root: 1.0)[0] == 1.0
+    assert computed(lambda root: 1 + root)[0] == 0.0
+    assert computed(lambda root: 40 - root)[0] == 32.0  # the bound
+    assert computed(lambda root: float(root != 1))[0] == 1.0  # what was computed counts, not the parabola
 
 
 @pytest.mark.parametrize("seed", range(6))
