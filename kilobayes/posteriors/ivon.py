@@ -71,7 +71,7 @@ class IVON:
     gain: float = 50.0
     clip: float = 0.02
     beta1: float = 0.9
-    beta2: float = 0.99999
+    beta2: float = 0.999
 
     def __post_init__(self) -> None:
         for name in ("ess", "weight_decay", "clip"):
