@@ -46,9 +46,9 @@ OTHER = {
         "Temperature(Ensemble(Scale(SWAG(rank=2), tempered=False, samples=4), members=2))",
     ],
     "Laplace": [
-        "Temperature(Laplace(over='head', structure='full', prior='evidence', samples=20))",
+        "Temperature(Laplace(over='head', structure='full', tempered=True, samples=20))",
         "Laplace(structure='diag', rank=3, prior=5.0, linearised=False)",
-        "Ensemble(Laplace(over='', rank=2, samples=7), members=2)",
+        "Ensemble(Laplace(over='', rank=2, prior='evidence', samples=7), members=2)",
     ],
     "Temperature": [
         "Temperature(SWAG(rank=4), samples=5)",

@@ -11,8 +11,8 @@ In three structures, each kept by its eigenvectors (:mod:`kilobayes.posteriors.c
 * ``diag``: U = I.
 * ``kron``: for a leaf that is a matrix, per-row derivatives G ``(m, n)``, the Kronecker product of :math:`L =
   \sum G G^\top` and :math:`R = \sum G^\top G / \operatorname{tr} L`. That is one step of the power iteration
-  towards the product nearest to F (Morwani et al., arXiv:2406.17748), from the identity; it is exact where F
-  has rank one. U = U_L (x) U_R.
+  towards the product nearest to F (Morwani et al., arXiv:2406.17748), from the identity; it is exact for one
+  row whose G has rank one. U = U_L (x) U_R.
 
 KFAC multiplies the second moments of a layer's inputs and of its outputs' derivatives, over all tokens: it
 takes the tokens of a row for independent, needs to know the layer, and counts padding unless told not to.
@@ -147,5 +147,5 @@ class Side:
         basis, triangle = torch.linalg.qr(self.kept.mT.double())
         turn, singular, _ = torch.linalg.svd(triangle)
         values = singular.square()
-        mean = (self.trace.double() - values.sum()).clamp(min=0.0) / (len(basis) - len(values))
+        mean = (self.trace.double() - values.sum()).clamp(min=0.0) / max(len(basis) - len(values), 1)
         return (basis @ turn).float(), torch.cat([values, mean[None]]).float()

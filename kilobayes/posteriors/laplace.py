@@ -73,7 +73,7 @@ class Laplace:
     structure: str = "kron"
     rank: int = 10
     prior: str | float = "validation"
-    tempered: bool = True
+    tempered: bool = False
     linearised: bool = True
     samples: int = 100
 
@@ -149,7 +149,7 @@ class Laplace:
         draws = []
         for k, count in enumerate(shares(size(state.theta), max(n, self.samples))):
             own, theta = state.precision[k : k + 1], member(state.theta, k)
-            batches = list(self._draws(of(state, k), theta, own, energy, count, gen))
+            batches = list(self._draws(curvature_of(state, k), theta, own, energy, count, gen))
             order = torch.cat([rows for rows, _ in batches]).argsort()
             draws.append(torch.cat([scores[0] for _, scores in batches], dim=1)[:, order].float())
         return torch.cat(draws)
@@ -162,7 +162,7 @@ class Laplace:
         like = {key: theta[key] for key in self.keys(theta)}
         for k, count in enumerate(shares(size(state.theta), n)):
             noise = {key: torch.randn(1, count, *v.shape[1:], generator=gen) for key, v in like.items()}
-            found = of(state, k)
+            found = curvature_of(state, k)
             blocks = found.root(found.blocks(noise), float(state.precision[k]))
             steps.append(torch.cat([blocks[key].flatten(2)[0] for key in sorted(blocks)], dim=1))
         moved = tree.unflat(torch.cat(steps), like)
@@ -175,7 +175,7 @@ class Laplace:
         return None if state.values else size(state.theta)
 
 
-def of(state: LaplaceState, k: int) -> Curvature:
+def curvature_of(state: LaplaceState, k: int) -> Curvature:
     """The curvature of one member."""
     return Curvature(*(map_params(lambda v: v[k], p) for p in (state.left, state.right, state.values)))
 
