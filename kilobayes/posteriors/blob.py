@@ -84,7 +84,7 @@ class BLoB:
     epsilon: float = 0.05
     noise: str = "row"
     kl: float = 1.0
-    cost: float = 0.1
+    cost: float = 0.3
     cycle: int = 0
     speed: float = 3.0
 
