@@ -34,9 +34,13 @@ class Jacobian:
 class Energy(Protocol):
     """The model on some rows, as a posterior may ask of it after training, and of the rows trained on."""
 
+    def __len__(self) -> int:
+        """How many rows there are, N."""
+        ...
+
     @property
     def labels(self) -> Tensor:
-        """Labels ``(N,)``."""
+        """Labels ``(N,)``; rows to predict have none."""
         ...
 
     @property

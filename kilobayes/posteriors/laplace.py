@@ -141,7 +141,7 @@ class Laplace:
         self, found: Curvature, theta: Params, grid: Tensor, energy: Energy, n: int, gen: torch.Generator
     ) -> Iterator[tuple[Tensor, Tensor]]:
         stream = energy.jacobians(theta, self.keys(theta), linearised.differences)
-        return linearised.draws(found, stream, grid, n, len(energy.labels), gen)
+        return linearised.draws(found, stream, grid, n, len(energy), gen)
 
     def logits(self, state: LaplaceState, energy: Energy, n: int, gen: torch.Generator) -> Tensor:
         if not self.linearised or not state.values:

@@ -30,6 +30,9 @@ class ToyEnergy:
     features: Tensor
     labels: Tensor
 
+    def __len__(self) -> int:
+        return len(self.features)
+
     @property
     def train(self) -> ToyEnergy:
         return self
@@ -49,14 +52,14 @@ class ToyEnergy:
 
     def each(self, theta: Params) -> Tensor:
         """``(N, 3)`` of a stack of N, a member for each row, or of one member for all."""
-        weight, bias = theta["a/weight"].expand(len(self.labels), -1, -1), theta["b/bias"]
+        weight, bias = theta["a/weight"].expand(len(self), -1, -1), theta["b/bias"]
         return torch.einsum("nf,nfc->nc", self.features, weight) + bias
 
     def jacobians(
         self, theta: Params, keys: Sequence[str], combine: Callable[[Tensor], Tensor]
     ) -> Iterator[Jacobian]:
         """Written out: the model is linear in its leaves."""
-        for rows in torch.arange(len(self.labels)).split(7):
+        for rows in torch.arange(len(self)).split(7):
             logits = self.logits(theta)[0, rows]
             weights = combine(logits)
             parts = {

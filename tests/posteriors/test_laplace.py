@@ -133,6 +133,9 @@ class Narrow:
     features: Tensor
     labels: Tensor
 
+    def __len__(self) -> int:
+        return len(self.features)
+
     @classmethod
     def make(cls) -> Narrow:
         x = torch.randn(60, generator=generator(6))
@@ -283,7 +286,7 @@ def test_vertex_of_a_parabola() -> None:
 
 
 def test_tempered_validation_looks_after_the_best_temperature() -> None:
-    """Scores twice too large: as they are a weak prior hides that, after a temperature a strong one is better."""
+    """Scores three times too large: a weak prior hides that, and after a temperature there is nothing to hide."""
     gen = generator(8)
     truth = torch.randn(3000, 2, generator=gen).double()
     labels = torch.multinomial(truth.softmax(-1), 1, generator=gen)[:, 0]
@@ -296,3 +299,12 @@ def test_tempered_validation_looks_after_the_best_temperature() -> None:
 
     plain, tempered = (linearised.validated(batches(), labels, flag) for flag in (False, True))
     assert plain < 2.0 < 10.0 < tempered
+
+
+def test_rows_without_labels_are_predicted_alike() -> None:
+    """Those of a run in use have none."""
+    method = Laplace(prior=1.0)
+    state = fitted(method)
+    unlabelled = ToyEnergy(ENERGY.features, torch.empty(0, dtype=torch.long))
+    found, expected = (method.logits(state, e, 20, generator(3)) for e in (unlabelled, ENERGY))
+    assert torch.equal(found, expected)
