@@ -98,7 +98,10 @@ class ModelEnergy:
                 found.append(
                     list(torch.autograd.grad(sums[index], [leaves[k] for k in wanted], retain_graph=more))
                 )
-        each = {k: torch.stack([g[at] for g in found], dim=1) for at, k in enumerate(wanted)}
+        each = {
+            k: torch.stack([g[at] for g in found], dim=1) if len(found) > 1 else found[0][at][:, None]
+            for at, k in enumerate(wanted)
+        }
         return Jacobian(rows, scores.detach(), each)
 
 

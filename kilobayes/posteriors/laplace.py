@@ -40,8 +40,8 @@ from kilobayes.types import Params, Progress
 
 @dataclass(frozen=True, eq=False)
 class LaplaceState:
-    """``theta`` ``(K, ...)``; ``center``: the prior's, until the fit; ``left``, ``right``, ``values``: the
-    curvature of each member; ``precision`` ``(K,)``: lambda, infinite until the fit."""
+    """``theta`` ``(K, ...)``; ``center``: the prior's until the fit, zero where empty; ``left``, ``right``,
+    ``values``: the curvature of each member; ``precision`` ``(K,)``: lambda, infinite until the fit."""
 
     theta: Params
     center: Params
@@ -131,7 +131,8 @@ class Laplace:
             draws = self._draws(found, state.theta, linearised.GRID, energy, self.samples, gen)
             precision = linearised.validated(draws, energy.labels, self.tempered)
         elif self.prior == "evidence":
-            precision = linearised.most_evident(found, float(linearised.distance(state.theta, state.center)))
+            center = state.center or {key: torch.zeros_like(state.theta[key]) for key in keys}
+            precision = linearised.most_evident(found, float(linearised.distance(state.theta, center)))
         else:
             precision = float(self.prior)
         left, right, values = (map_params(lambda v: v[None].cpu(), p) for p in found.parts())

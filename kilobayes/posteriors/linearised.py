@@ -56,7 +56,7 @@ def draws(
         if not len(noise):
             noise = torch.randn(n, rows, len(root[0, 0]), generator=gen)
         step = torch.einsum("gbij,nbj->gnbi", root, noise[:, batch.rows].double())
-        yield batch.rows, batch.logits.double().cpu() + torch.nn.functional.pad(step, (0, 1))
+        yield batch.rows, (batch.logits.double().cpu() + torch.nn.functional.pad(step, (0, 1))).float()
 
 
 def validated(batches: Iterator[tuple[Tensor, Tensor]], labels: Tensor, tempered: bool) -> float:
@@ -71,7 +71,7 @@ def validated(batches: Iterator[tuple[Tensor, Tensor]], labels: Tensor, tempered
     for rows, scores in batches:
         index = labels[rows].to(scores.device).expand(*scores.shape[:2], -1)[..., None]
         for at, log_t in enumerate(temperatures):
-            picked = (scores.float() / math.exp(log_t)).log_softmax(dim=-1).gather(-1, index)[..., 0]
+            picked = (scores / math.exp(log_t)).log_softmax(dim=-1).gather(-1, index)[..., 0]
             total[:, at] -= (picked.double().logsumexp(dim=1) - math.log(scores.shape[1])).sum(dim=1)
     lowest = [vertex(temperatures, row)[1] for row in total.tolist()]
     return math.exp(vertex(GRID.log().tolist(), lowest)[0])

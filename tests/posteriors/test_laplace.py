@@ -100,6 +100,10 @@ def test_evidence_of_logistic_regression() -> None:
     best = grid[np.argmax([wanted(p) for p in grid])]
     assert float(state.precision) == pytest.approx(best, rel=5e-3)
     assert not state.center  # not needed any more, and not stored
+    method = Laplace(structure="full", prior="evidence")  # around zero, for weights whose start nobody knows
+    state = method.fit(replace(method.init(THETA, generator(1)), center={}), ENERGY, generator(2))
+    distance = float(tree.flat(THETA).double().square().sum())
+    assert float(state.precision) == pytest.approx(grid[np.argmax([wanted(p) for p in grid])], rel=5e-3)
 
 
 def test_validated_precision_is_the_best_of_all() -> None:
@@ -286,7 +290,7 @@ def test_vertex_of_a_parabola() -> None:
 
 
 def test_tempered_validation_looks_after_the_best_temperature() -> None:
-    """Scores three times too large: a weak prior hides that, and after a temperature there is nothing to hide."""
+    """Scores three times too large: a weak prior hides that; a temperature leaves nothing to hide."""
     gen = generator(8)
     truth = torch.randn(3000, 2, generator=gen).double()
     labels = torch.multinomial(truth.softmax(-1), 1, generator=gen)[:, 0]
