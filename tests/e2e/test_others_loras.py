@@ -79,17 +79,17 @@ def test_a_watched_training_is_a_run(
     trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, run, _ = trained
-    test = str(small.write(tmp_path / "test.jsonl", questions("test", 0, 100)))
+    test = str(small.write(tmp_path / "test.jsonl", questions("test", 0, 60)))
     found = command(capsys, "evaluate", str(run), "--data", test)
     assert found["accuracy"] > 0.5
     assert found["mutual_information"] > 0
-    held = str(small.write(tmp_path / "val.jsonl", questions("train", 400, 500)))
+    held = str(small.write(tmp_path / "val.jsonl", questions("train", 400, 460)))
     tempered = command(
         capsys, "calibrate", str(run), "--data", held, "--test", test, "--out", str(tmp_path / "t")
     )
     assert tempered["posterior"].startswith("Temperature(base=SWAG(rank=5")
     assert tempered["before"]["nll"] == pytest.approx(found["nll"], abs=1e-5)
-    assert tempered["after"]["nll"] < found["nll"] + 0.02
+    assert tempered["after"]["nll"] < found["nll"] + 0.05
 
 
 @pytest.mark.parametrize(
