@@ -23,9 +23,9 @@ raises the loss by :math:`\frac12 \sum H \Omega^2 = w P / 2`: that is P / 2N nat
 however little a row can tell. A few hundred rows cannot pay for tens of thousands of numbers, and training
 ends at the prior: ``BLoB(cost=0.0, speed=10.0)`` on MiniLM, P = 36,864, 300 rows of TREC, 8 epochs at 5e-3
 has an accuracy of 0.26 and all widths at 0.2, where the point has 0.92. So the divergence's weight per
-number is at most tau: noise then costs the likelihood about tau / 2, whatever N and P, and at N > P / tau
-the bound is what it was. The gradient of w KL is then small, and does not decide how the likelihood's is
-clipped.
+number is at most tau: noise then costs the likelihood at most about tau / 2, whatever N and P, and at N > P
+/ tau the bound is what it was. The gradient of w KL is then small, and does not decide how the likelihood's
+is clipped.
 
 **Departures.** The paper's loop trains M and B by AdamW on the likelihood, and M and G by SGD (rate 0.01)
 on the divergence, which is weighted by 2^i / (2^(M + 1) - 1) at step i of a cycle of M steps; here one

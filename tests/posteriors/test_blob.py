@@ -99,6 +99,20 @@ def test_cost_limits_the_weight_where_there_are_many_numbers_for_the_rows(
     assert BLoB(cost=0.2).weight(Progress(1, 60, 10, 640), numbers) == pytest.approx(expected)
 
 
+def test_divergence_does_not_use_up_the_norm_that_gradients_are_clipped_at() -> None:
+    """LoRA's A of MiniLM and 300 rows: below a tenth of clip = 1; the bound's own is seventeen and more."""
+    norms = {}
+    for cost in (BLoB().cost, 0.0):
+        method, theta = BLoB(cost=cost), {"s/A": torch.zeros(1, 96, 384)}
+        theta |= method.extend(theta, streams())
+        g = theta["s/A~G"].requires_grad_()
+        method.penalty(method.init(theta, generator(1)), theta, Progress(1, 152, 19, 300)).sum().backward()
+        assert g.grad is not None
+        norms[cost] = float(g.grad.norm())
+    assert norms[BLoB().cost] < 0.1
+    assert norms[0.0] > 17.0
+
+
 def test_penalty_is_the_weighted_divergence_of_the_chosen_leaves() -> None:
     theta, method = leaves(2), BLoB(kl=0.3, cost=0.0, prior=0.5)
     found = method.penalty(method.init(theta, generator(1)), theta, FIRST)
