@@ -39,7 +39,7 @@ OTHER = {
     ],
     "TFB": [
         "TFB(SWA(), measure='accuracy', tolerance=0.02, labels='true', anchor='calibration', rows=20)",
-        "Temperature(Ensemble(TFB(tolerance=0.1, samples=3, bisections=2), members=2))",
+        "Temperature(Ensemble(TFB(tolerance=0.02, samples=3, bisections=2), members=2))",
     ],
     "Scale": [
         "Scale(Temperature(SWAG(rank=2)), of='scores', samples=3)",
