@@ -65,7 +65,7 @@ class IVON:
         ValueError: a setting outside its range.
     """
 
-    ess: float = 1e6
+    ess: float = 1e5
     hessian: float = 1e-2
     weight_decay: float = 0.0
     gain: float = 50.0

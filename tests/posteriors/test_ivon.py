@@ -79,7 +79,7 @@ def test_the_papers_step_written_out(ess: float, decay: float, clip: float) -> N
 
 
 def test_what_is_drawn_in_a_step_has_the_posteriors_variance() -> None:
-    method = IVON(hessian=0.5, weight_decay=0.25)
+    method = IVON(ess=1e6, hessian=0.5, weight_decay=0.25)
     theta = {"a/A": torch.full((2, 20000), 3.0)}
     state = method.init(theta, generator(0))
     streams = Streams([generator(seed) for seed in (1, 2)])
