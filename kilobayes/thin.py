@@ -57,7 +57,8 @@ def thin(
         limit: bytes.
         gen: where draws come from.
         how: "rank" lowers the rank of SWAG, at last to its diagonal; "samples" keeps draws, or fewer members
-            of an ensemble; "auto" is the first where it suffices and else the second.
+            of an ensemble; "auto" is the first where it suffices, and else, or where members have no
+            spread, the second.
         size: what counts the bytes of a posterior and its state.
 
     Raises:
@@ -69,7 +70,8 @@ def thin(
         raise KilobayesError(f"cannot thin by {how!r}", f"known: {', '.join(known)}", "as in --how auto")
     if size(posterior, state) <= limit:
         return posterior, state
-    if how != "samples":
+    still = posterior.support(state) is not None  # where draws do not differ, a rank has no use
+    if how == "rank" or (how == "auto" and not still):
         try:
             return _by_rank(posterior, state, limit, size)
         except KilobayesError:

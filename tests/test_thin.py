@@ -177,6 +177,14 @@ class Own(Point):
         return torch.zeros(n, 1, 2)
 
 
+def test_a_width_of_zero_leaves_points() -> None:
+    state = ScaleState(swag(), torch.zeros(2))
+    method: Any = Scale(Ensemble(BASE, members=2))
+    found, smaller = thin(method, state, stored(method, state) - 1, generator(1))
+    assert repr(found) == repr(Ensemble(Point(), members=2))
+    assert not tree.first_difference(smaller.theta, state.inner.average)  # type: ignore[attr-defined]
+
+
 def test_what_cannot_become_draws() -> None:
     theta = walk([1])[0]
     with pytest.raises(KilobayesError, match="its own way"):
