@@ -43,11 +43,12 @@ published: a bound would count all n); epsilon is applied once and is relative t
 covariance, not its diagonal; Sigma is not clipped from below; and predictions average over draws of Sigma,
 pi and z, where published code predicts at A.
 
-Published noise is about 0.02 of LoRA's initial standard deviation; here it is epsilon |pi|, 0.6 at first.
+Published noise is about 0.02 of LoRA's initial standard deviation; here it is epsilon |pi|, 1.2 at first.
 PEFT's epsilon e, with a Wishart of scale I, is ``epsilon = e sqrt(3 n r)``, and its eta h, a weight of the
 mean over L layers, ``eta = h N / L``. So for r = 16, n = 4096, 64 layers and 640 rows
-``MonteCLoRA(components=8, epsilon=0.044, eta=0.0001, alpha0=0.1, cooperative=False)``; its predictions are
-those at ``mean``.
+``MonteCLoRA(components=8, epsilon=0.044, eta=0.0001, alpha0=0.1, cooperative=False, speed=1.0)``; its
+predictions are those at ``mean``. With hundreds of rows, not many thousands, eta = 1 holds s near 0:
+the size of the noise is epsilon's doing, and a's.
 """
 
 from __future__ import annotations
@@ -94,13 +95,13 @@ class MonteCLoRA:
 
     over: str = ""
     components: int = 4
-    epsilon: float = 1.0
+    epsilon: float = 2.0
     eta: float = 1.0
     alpha0: float = 1.0
     cooperative: bool = True
     mixture: bool = False
     noise: str = "step"
-    speed: float = 1.0
+    speed: float = 10.0
 
     def __post_init__(self) -> None:
         if self.components < 1:
