@@ -215,9 +215,9 @@ def _exploded(losses: Tensor, loss: Tensor, index: int, factor: float = 10.0) ->
 def _diverged(settings: Settings, losses: Tensor, index: int) -> Diverged:
     rates = ", ".join(f"{r:g}" for r in sorted(set(settings.rates().tolist())))
     last = ", ".join(f"{v:.3g}" for v in losses[max(0, index - 2) : index + 1, 0].tolist())
-    lower = min(settings.rates().tolist()) / 5
+    lower = min(settings.rates().tolist()) / 10
     return Diverged(
         f"training diverged at step {index + 1} with learning rate {rates}",
         f"last losses: {last}",
-        f"try a lower one, as in --lr {lower:g}",
+        f"try a tenth of it, as in --lr {lower:g}",
     )
