@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from kilobayes import host, spec, tree
@@ -82,11 +82,20 @@ def save_adapter(folder: Path, model: nn.Module) -> None:
 def _reload_difference(folder: Path, model: nn.Module) -> str:
     """The first leaf that a fresh load of the checkpoint gets wrong; others have lost heads here."""
     name = host.active(model)
+    if model.peft_config[name].bias != "none":  # type: ignore[union-attr, index]
+        return _written_difference(folder, model)  # PEFT takes no second adapter beside one with biases
     model.load_adapter(str(folder), adapter_name="reloaded")  # type: ignore[operator]
     theirs = {k: v.detach().clone() for k, v in host.read(model, "reloaded").items()}
     model.delete_adapter("reloaded")  # type: ignore[operator]
     model.set_adapter(name)  # type: ignore[operator]
     return tree.first_difference(theirs, {k: v.detach() for k, v in host.read(model, name).items()})
+
+
+def _written_difference(folder: Path, model: nn.Module) -> str:
+    """The first tensor of the checkpoint's file that is not the model's."""
+    held, _ = read_tensors(folder / "adapter_model.safetensors")
+    ours = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return tree.first_difference(held, {k: v.detach().cpu() for k, v in ours.items()})
 
 
 def read_state(folder: Path, card: Card, leaves: Params) -> tuple[Posterior, Any]:

@@ -89,14 +89,20 @@ def subject(model: Any, base: str, classes: Sequence[str] | None, max_length: in
         max_length: longest row in tokens at prediction; None for the model's own limit.
 
     Raises:
-        KilobayesError: neither a classifier nor a causal language model; a base that cannot be found, or that
-            differs from the one in training; random weights that are neither trained nor saved.
+        KilobayesError: neither a classifier nor a causal language model; trained biases of the base; a base
+            that cannot be found, or that differs from the one in training; random weights that are neither
+            trained nor saved.
     """
     inner = model.get_base_model()
     known = [kind for kind, names in KINDS.items() if _listed(type(inner).__name__, names)]
     if not known:
         raise KilobayesError(
             "only classifiers and causal language models can be watched", f"a {type(inner).__name__}"
+        )
+    biases = next((c.bias for c in model.peft_config.values() if getattr(c, "bias", "none") != "none"), None)
+    if biases:
+        raise KilobayesError(
+            "biases of the base that are trained have no posterior", f"bias={biases!r}", "as in bias='none'"
         )
     base = base or getattr(inner, "name_or_path", "")
     if not base:
@@ -114,10 +120,12 @@ def subject(model: Any, base: str, classes: Sequence[str] | None, max_length: in
     loaded = load_base(base, names, dtype=dtype)
     lost = [n for n in loaded.fresh if not any(n.startswith(f"{path}.") for path in wrapped)]
     if lost:
+        prefix = f"{getattr(inner, 'base_model_prefix', '')}."
+        part = lost[0].removeprefix(prefix).split(".")[0]  # such as pooler
         raise KilobayesError(
             "some weights are random, and neither trained nor saved with the adapter",
             ", ".join(lost[:3]),
-            f"as in LoraConfig(modules_to_save=[{lost[0].split('.')[-2]!r}])",
+            f"as in LoraConfig(modules_to_save=[{part!r}])",
         )
     ours, theirs = fingerprint(bare, (*loaded.fresh, "classifier", "score")), fingerprint_of(loaded)
     if ours != theirs:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from peft import VeraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
 
 import kilobayes as kb
 from kilobayes.errors import KilobayesError
 
+from .. import small
 from .training import Recorder, base, lora, plain, train
 
 
@@ -51,6 +56,17 @@ def renamed(name: str) -> Any:
     return model
 
 
+def poolerless() -> Any:
+    """On an encoder whose files hold no pooler, so that a random one is made, which nobody would save."""
+    folder = tempfile.mkdtemp(prefix="poolerless-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    shutil.copytree(small.base(), folder, dirs_exist_ok=True)
+    model = base().bert
+    model.pooler = None
+    model.save_pretrained(folder)
+    return get_peft_model(AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3), lora())
+
+
 def changed() -> Any:
     model = plain()
     model.get_base_model().bert.embeddings.word_embeddings.weight.data += 1.0
@@ -64,6 +80,8 @@ def changed() -> Any:
         (base, {}, "only a PeftModel"),
         (lambda: renamed(""), {}, "no name to load it by"),
         (lambda: renamed("nowhere/there"), {}, "no local directory"),
+        (lambda: plain(bias="lora_only"), {}, "biases of the base"),
+        (poolerless, {}, r"random.*pooler.*modules_to_save=\['pooler'\]"),
         (changed, {}, "not what its name loads"),
         (plain, {"classes": ["a", "b"]}, "has 3 classes"),
         (lambda: get_peft_model(base(num_labels=1, id2label={0: "a"}), lora()), {}, "one of several classes"),

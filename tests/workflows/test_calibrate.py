@@ -196,3 +196,14 @@ def test_a_run_can_take_another_posterior(run: Path, held: str) -> None:
     assert isinstance(fresh.fitted.posterior, Point)
     mean = load(run).posterior.mean(load(run).state)
     assert all(torch.equal(v, fresh.fitted.state.theta[k]) for k, v in mean.items())
+
+
+def test_trained_biases_are_kept(held: str, tmp_path: Path) -> None:
+    model = plain(bias="lora_only")
+    for name, value in model.named_parameters():
+        if value.requires_grad and name.endswith("base_layer.bias"):
+            value.data += 0.5
+    model.save_pretrained(tmp_path / "lora")
+    kb.calibrate(tmp_path / "lora", held, "Point()", classes=small.LABELS).save(tmp_path / "run")
+    expected = torch.from_numpy(scores(model, TEXTS)).softmax(-1).numpy()
+    np.testing.assert_allclose(kb.load(tmp_path / "run").predict_proba(TEXTS), expected, atol=1e-5)
