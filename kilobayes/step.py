@@ -64,6 +64,10 @@ class Processes:
         """The rows of this process, which may be none."""
         return rows[self.index :: self.count]
 
+    def places(self, start: int, stop: int) -> slice:
+        """Where this process's rows ``start`` to ``stop`` stand among those of all processes."""
+        return slice(self.index + self.count * start, self.index + self.count * stop, self.count)
+
     def sum(self, value: Tensor) -> Tensor:
         """The sum over processes."""
         return reduce(value, reduction="sum") if self.count > 1 else value
@@ -117,13 +121,15 @@ class Step:
         drawn = ask.perturb(self.posterior, state, theta, whole, self.streams, progress)
         used = self.method.drop(drawn, self.streams) if getattr(self.method, "dropout", 0.0) else drawn
         each = tree.size(used) // stack  # 1, or a draw for every row
-        own = self.processes.share(torch.arange(whole))
         factors = Factors(self.model)
         for at in range(0, count, size):
             part = [r[at : at + size] for r in rows]
             share = len(part[0]) / whole
             inputs, labels = self.data.batch(torch.cat(part))
-            factors.use(used if each == 1 else _of_rows(used, stack, own[at : at + size]))
+            if each == 1 or len(part[0]) == whole:
+                factors.use(used)
+            else:
+                factors.use(_of_rows(used, stack, self.processes.places(at, at + len(part[0]))))
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast == "bf16"):
                 output = self.model(**{k: v.to(device) for k, v in inputs.items()})
             loss = self.nll(output, labels.to(device).reshape(stack, -1)).mean(dim=1)
@@ -137,9 +143,9 @@ class Step:
         return self.processes.sum(total), drawn
 
 
-def _of_rows(drawn: Params, stack: int, rows: Tensor) -> Params:
+def _of_rows(drawn: Params, stack: int, rows: slice) -> Params:
     """The draws of some rows, from a draw for every row of each member."""
-    return {k: v.unflatten(0, (stack, -1))[:, rows.to(v.device)].flatten(0, 1) for k, v in drawn.items()}
+    return {k: v.unflatten(0, (stack, -1))[:, rows].flatten(0, 1) for k, v in drawn.items()}
 
 
 class Factors:

@@ -43,7 +43,7 @@ published: a bound would count all n); epsilon is applied once and is relative t
 covariance, not its diagonal; Sigma is not clipped from below; and predictions average over draws of Sigma,
 pi and z, where published code predicts at A.
 
-Published noise is about 0.02 of LoRA's initial standard deviation; here it is epsilon |pi|, 1.2 at first.
+Published noise is about 0.02 of LoRA's initial standard deviation; here it is ``epsilon |pi|``, 1.2 at first.
 PEFT's epsilon e, with a Wishart of scale I, is ``epsilon = e sqrt(3 n r)``, and its eta h, a weight of the
 mean over L layers, ``eta = h N / L``. So for r = 16, n = 4096, 64 layers and 640 rows
 ``MonteCLoRA(components=8, epsilon=0.044, eta=0.0001, alpha0=0.1, cooperative=False, speed=1.0)``; its
