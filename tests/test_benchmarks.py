@@ -74,3 +74,33 @@ def test_unknown_settings_are_named(run, capsys):
     with pytest.raises(SystemExit):
         run("predictive", "--only", "B=9 S=9")
     assert "no setting called 'B=9 S=9'; there are B=1 S=10" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:SWAG saw fewer")  # a single step
+def test_what_posteriors_cost(run):
+    found = run("posteriors", "--only", "training")["training"]
+    assert {"LoRA", "BLoB, flipout", "MonteCLoRA", "IVON"} <= set(found["variants"])
+    assert found["variants"]["LoRA"]["ratio"] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.skipif(not (DATA / "trec").is_dir(), reason="KILOBAYES_DATA names no folder with trec")
+def test_a_study_goes_on_where_it_stopped_and_makes_its_tables(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    study, tables = importlib.import_module("study"), importlib.import_module("study_table")
+    small = {"rows": 24, "calibration": 12, "test-rows": 10, "ood-rows": 4, "epochs": 3, "samples": 2}
+    flags = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    data = ["--data", f"trec={DATA / 'trec'}", "--ood", f"trec={DATA / 'trec'}", "--rates", "1e-3"]
+    data += ["--cache", str(tmp_path / "cache"), "--replicates", "2", *flags]
+    for arms in ("LoRA;SWA", "LoRA;SWA;SWAG"):
+        monkeypatch.setattr("sys.argv", ["study.py", *data, "--only", arms])
+        study.main()
+    assert capsys.readouterr().out.count("members of") == 2  # LoRA and SWAG, once each
+    monkeypatch.setattr("sys.argv", ["study_table.py", str(tmp_path / "cache"), str(tmp_path)])
+    tables.main()
+    rows = json.loads((tmp_path / "posteriors.json").read_text())["trec"]["rows"]
+    assert set(rows) == {
+        f"{arm} | {way}" for arm in ("LoRA", "SWA", "SWAG") for way in ("plain", "temperature")
+    } | {"SWAG | scale, temperature"}
+    assert rows["LoRA | temperature"]["nll_gap"] == [0.0, 0.0]
+    assert "# Every posterior" in (tmp_path / "posteriors.md").read_text()
+    assert (tmp_path / "posteriors-trec.svg").read_text().startswith("<?xml")
