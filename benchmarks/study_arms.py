@@ -11,7 +11,7 @@ KINDS = {  # what is trained
     "LoRA": "Point()",
     "MAP": "Point(prior_precision=1.0)",
     "MC dropout": "MCDropout()",
-    "SWAG": "SWAG(rank=10)",
+    "SWAG": "SWAG(rank=10, start=0.5, rate_held=0.5)",
     "SWAG early": "SWAG(rank=10, start=0.25, rate_held=1.0)",
     "ASWA": "ASWA()",
     "BLoB": "BLoB()",
@@ -38,10 +38,10 @@ ARMS = {
     "LoRA": Arm("LoRA", "Point()", scaled=False),
     "MAP": Arm("MAP", "Point(prior_precision=1.0)", scaled=False),
     "MC dropout": Arm("MC dropout", "MCDropout()"),
-    "SWA": Arm("SWAG", "SWAG(rank=10, scale=0.0)", scaled=False),
+    "SWA": Arm("SWAG", "SWAG(rank=10, scale=0.0, start=0.5, rate_held=0.5)", scaled=False),
     "ASWA": Arm("ASWA", "ASWA()", scaled=False),
-    "SWAG-diagonal": Arm("SWAG", "SWAG(rank=0)"),
-    "SWAG": Arm("SWAG", "SWAG(rank=10)"),
+    "SWAG-diagonal": Arm("SWAG", "SWAG(rank=0, start=0.5, rate_held=0.5)"),
+    "SWAG": Arm("SWAG", "SWAG(rank=10, start=0.5, rate_held=0.5)"),
     "SWAG early": Arm("SWAG early", "SWAG(rank=10, start=0.25, rate_held=1.0)"),
     "Laplace, last layer": Arm("LoRA", "Laplace(over='classifier/*', structure='full')"),
     "Laplace, Kronecker": Arm("LoRA", "Laplace(over='*')"),
@@ -50,7 +50,7 @@ ARMS = {
     "MonteCLoRA": Arm("MonteCLoRA", "MonteCLoRA()"),
     "IVON": Arm("IVON", "IVON()"),
     "ensemble": Arm("LoRA", "Ensemble(Point(), members=3)", pooled=True),
-    "MultiSWAG": Arm("SWAG", "Ensemble(SWAG(rank=10), members=3)", pooled=True),
+    "MultiSWAG": Arm("SWAG", "Ensemble(SWAG(rank=10, start=0.5, rate_held=0.5), members=3)", pooled=True),
 }
 
 

@@ -14,6 +14,10 @@ with theta-bar_i the running mean after snapshot i. ``rank=0`` is SWAG-diagonal:
 Sigma_d^{1/2} z, with the whole variance.
 ``c = 1`` is the original's covariance; the published LoRA code doubles it.
 
+Collected from a quarter of training on, at the peak rate: what wanders little, late and slowly, agrees with
+itself, and its draws change no prediction (measured on two data sets, calibration rows; the published code
+starts past half and lowers the rate).
+
 Departures: moments by Welford's update in float64 instead of E[theta^2] - mean^2, which cancels; K is the
 number of deviations held, never more than there are snapshots.
 """
@@ -63,10 +67,10 @@ class SWAG:
 
     rank: int = 10
     scale: float = 1.0
-    start: float = 0.5
+    start: float = 0.25
     snapshots: int = 20
     by_epoch: bool = False
-    rate_held: float = 0.5
+    rate_held: float = 1.0
     anneal: float = 0.0
 
     def __post_init__(self) -> None:
