@@ -315,7 +315,7 @@ TRAIN = ("train", "--model", "{base}", "--data", "{data}", "--out", "{out}", "--
         ((*TRAIN, "--device", "tpu9"), "cannot be used"),
         ((*TRAIN, "--dtype", "float8"), "--dtype float8 is not known"),
         ((*TRAIN, "--max-length", "9000"), ""),
-        ((*TRAIN, "--lr", "1e6", "--clip", "0", "--epochs", "9", "--posterior", "Point()"), "learning rate 1e+06"),
+        ((*TRAIN, "--lr", "1e6", "--clip", "0", "--epochs", "9", "--posterior", "Point()"), "rate 1e+06"),
         ((*TRAIN, "--calibration", "0"), "calibrate on"),
         ((*TRAIN, "--data", "{data}/trian.jsonl"), "did you mean"),
         (("train", "--model", "{base}", "--out", "{out}"), "no data is named"),
