@@ -188,7 +188,7 @@ def epoch(folder: str, rounds: int, rows: int) -> dict[str, Any]:
 def swag(rounds: int) -> dict[str, Any]:
     """A SWAG snapshot's cost over a step's, and over training with the default 20 snapshots in 1000 steps."""
     model, data = timing.hosted("encoder"), Fixed("encoder", *SHAPES["encoder"], 1)
-    posterior: Any = spec.posterior("SWAG(rank=10)")
+    posterior: Any = spec.posterior("SWAG(rank=10, start=0.5)")
     theta = {k: v.detach().clone() for k, v in host.read(model).items()}
     state = posterior.init(theta, torch.Generator().manual_seed(0))
 

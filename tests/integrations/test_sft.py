@@ -80,7 +80,7 @@ def nll(model: Any) -> float:
 def test_a_language_models_posterior_is_saved_and_read_back(config: Any, tmp_path: Path) -> None:
     """Steps 5 to 8 are the tail, each a snapshot."""
     seen, run = Recorder(), tmp_path / "run"
-    sft(tmp_path, config, seen, kb.PosteriorCallback("SWAG(rank=2)", run))
+    sft(tmp_path, config, seen, kb.PosteriorCallback("SWAG(rank=2, start=0.5)", run))
     card = store.read_card(run, "lm")
     assert (card.task, card.classes, card.max_length) == ("lm", [], 512)
     hosted, posterior, state = host_run(run, base())
