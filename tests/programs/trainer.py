@@ -16,7 +16,10 @@ torch.set_num_threads(1)
 
 
 def main(folder: Path) -> None:
-    callback, seen = kb.PosteriorCallback("SWAG(rank=2, start=0.5, rate_held=0.2)", folder / "run"), Recorder()
+    callback, seen = (
+        kb.PosteriorCallback("SWAG(rank=2, start=0.5, rate_held=0.2)", folder / "run"),
+        Recorder(),
+    )
     train(plain(), folder / "trainer", callback, seen, per_device_train_batch_size=4)
     process = PartialState()
     tensors = {f"{step}|{key}": v for step, w in enumerate(seen.weights, 1) for key, v in w.items()}

@@ -77,7 +77,9 @@ def test_pairs_and_ood_rows(tmp_path: Path) -> None:
 def test_notes_tell_what_a_reader_must_know(tmp_path: Path) -> None:
     told: list[str] = []
     long = [{"text": "red " * 99, "label": "warm"}, {"text": "blue " * 99, "label": "cold"}] * 12
-    settings = options(tmp_path / "r", posterior="SWAG(rank=2, start=0.5)", epochs=1, batch_size=16, max_length=12)
+    settings = options(
+        tmp_path / "r", posterior="SWAG(rank=2, start=0.5)", epochs=1, batch_size=16, max_length=12
+    )
     done = work.train(settings, source=long, say=told.append)
     notes = json.loads((done.folder / "metrics.json").read_text())["meta"]["notes"]
     text = " ".join(notes)
