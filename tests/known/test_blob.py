@@ -10,14 +10,13 @@ which for c = 1 is the exact posterior's mean, and one over the diagonal of its 
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from kilobayes import host, train
 from kilobayes.adapters import LoRA
@@ -25,19 +24,9 @@ from kilobayes.optim import AdamW
 from kilobayes.posteriors import BLoB, Ensemble
 from kilobayes.random import generator
 
+from .regression import Regression
+
 FEATURES, ROWS, NOISE = 3, 40, 0.5
-
-
-class Regression(nn.Module):
-    """A linear head, plus nothing times an adapted layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Linear(FEATURES, FEATURES)
-        self.head = nn.Linear(FEATURES, 1)
-
-    def forward(self, x: Tensor) -> Any:
-        return SimpleNamespace(values=self.head(x + 0.0 * self.body(x)))
 
 
 class Data:
@@ -83,7 +72,7 @@ MEMBERS = 16
 def test_the_optimum_of_a_conjugate_model(options: dict[str, Any], weight: float, batch: int) -> None:
     """The average over members, which differ by their noise, within 5 standard errors and 2% of AdamW's."""
     config = host.KilobayesConfig(adapter=LoRA(r=1), target_modules=["body"], modules_to_save=["head"])
-    model = get_peft_model(Regression(), config)  # type: ignore[arg-type]
+    model = get_peft_model(Regression(FEATURES), config)  # type: ignore[arg-type]
     method = BLoB("head/*", epsilon=0.4, speed=1.0, **options)
     settings = train.Settings(
         lr=0.05,

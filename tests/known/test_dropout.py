@@ -8,13 +8,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from peft import get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from kilobayes import host, train, tree
 from kilobayes.adapters import LoRA
@@ -24,20 +23,10 @@ from kilobayes.random import Streams, generator
 from kilobayes.step import Processes, Step
 from kilobayes.types import Params, Progress
 
+from .regression import Regression
+
 FEATURES, ROWS, P = 3, 40, 0.3
 PLACE = "head/weight"
-
-
-class Regression(nn.Module):
-    """A linear head without a bias, plus nothing times an adapted layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Linear(FEATURES, FEATURES)
-        self.head = nn.Linear(FEATURES, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Any:
-        return SimpleNamespace(values=self.head(x + 0.0 * self.body(x)))
 
 
 class Data:
@@ -61,7 +50,7 @@ class Data:
 
 def hosted(members: int) -> tuple[Any, Params]:
     config = host.KilobayesConfig(adapter=LoRA(r=1), target_modules=["body"], modules_to_save=["head"])
-    model = get_peft_model(Regression(), config)  # type: ignore[arg-type]
+    model = get_peft_model(Regression(FEATURES, bias=False), config)  # type: ignore[arg-type]
     start = {k: torch.zeros(members, *v.shape[1:]) for k, v in host.read(model).items()}
     start[PLACE] += torch.tensor([0.7, 1.1, -0.4])
     return model, start

@@ -8,14 +8,13 @@ r"""IVON on a quadratic loss, through the real loop: its fixed point is the mean
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from kilobayes import host, train, tree
 from kilobayes.adapters import LoRA
@@ -24,19 +23,9 @@ from kilobayes.posteriors import IVON, Ensemble, Temperature
 from kilobayes.random import generator
 from kilobayes.types import Params, Progress
 
+from .regression import Regression
+
 FEATURES, ROWS, PLACE = 4, 50, "head/weight"
-
-
-class Regression(nn.Module):
-    """A linear head without a bias, plus nothing times an adapted layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Linear(FEATURES, FEATURES)
-        self.head = nn.Linear(FEATURES, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Any:
-        return SimpleNamespace(values=self.head(x + 0.0 * self.body(x)))
 
 
 class Data:
@@ -65,7 +54,7 @@ def fit(
     posterior: Any, seeds: tuple[int, ...], start: Params | None = None, **changes: Any
 ) -> tuple[Params, train.Trained]:
     config = host.KilobayesConfig(adapter=LoRA(r=1), target_modules=["body"], modules_to_save=["head"])
-    model: Any = get_peft_model(Regression(), config)  # type: ignore[arg-type]
+    model: Any = get_peft_model(Regression(FEATURES, bias=False), config)  # type: ignore[arg-type]
     gen = generator(5)
     one = {k: torch.randn(v.shape, generator=gen) for k, v in host.read(model).items()}
     start = start or tree.member(one, torch.zeros(len(seeds), dtype=torch.long))
