@@ -58,6 +58,7 @@ class Found:
     step: int
     losses: Tensor
     alive: Tensor
+    memo: Params
 
 
 @dataclass
@@ -89,11 +90,13 @@ class Checkpoint:
         streams: Streams,
         losses: Tensor,
         alive: Tensor,
+        memo: Params,
     ) -> None:
         tensors = {f"theta|{k}": v for k, v in theta.items()}
         tensors |= {f"first|{k}": v for k, v in moments.first.items()}
         tensors |= {f"second|{k}": v for k, v in moments.second.items()}
         tensors |= {f"state|{k}": v for k, v in flatten_state(state).items()}
+        tensors |= {f"memo|{k}": v for k, v in memo.items()}
         tensors |= {"streams": streams.state(), "losses": losses, "alive": alive, "step": torch.tensor(step)}
         write_atomically(self.path, tensors, {"identity": json.dumps(self.identity, sort_keys=True)})
         self.last = time.monotonic()
@@ -140,7 +143,14 @@ class Checkpoint:
                     value.copy_(saved)
         streams.restore(tensors["streams"])
         device = next(iter(theta.values())).device
-        kept = {k.removeprefix("state|"): v.to(device) for k, v in tensors.items() if k.startswith("state|")}
+
+        def part(name: str) -> Params:
+            return {k[len(name) :]: v.to(device) for k, v in tensors.items() if k.startswith(name)}
+
         return Found(
-            unflatten_state(posterior, kept), int(tensors["step"]), tensors["losses"], tensors["alive"]
+            unflatten_state(posterior, part("state|")),
+            int(tensors["step"]),
+            tensors["losses"],
+            tensors["alive"],
+            part("memo|"),
         )

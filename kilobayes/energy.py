@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kilobayes import host
+from kilobayes import host, parametrise
 from kilobayes.modes import evaluation
 from kilobayes.posteriors import ask
 from kilobayes.predict import TOKENS_IN_FLIGHT, Predictive, logits
@@ -55,6 +55,9 @@ class ModelEnergy:
         trained = self.encoded if self.trained is None else self.trained
         return ModelEnergy(self.model, self.task, self.encoded.take(even), self.batch_size, trained)
 
+    def restrict(self, draws: Params, around: Params) -> Params:
+        return parametrise.restrict(host.method(self.model), draws, around)
+
     def logits(self, theta: Params) -> Tensor:
         return logits(self.model, theta, self.task, self.encoded, batch_size=self.batch_size)
 
@@ -87,7 +90,8 @@ class ModelEnergy:
         with torch.inference_mode(False), torch.enable_grad():
             leaves = {k: v.detach().to(device).expand(len(rows), *v.shape[1:]) for k, v in theta.items()}
             leaves |= {k: leaves[k].clone().requires_grad_() for k in wanted}
-            host.install(self.model, host.build(self.model, leaves))
+            allowed = self.restrict(leaves, leaves)  # no derivative along what draws cannot move
+            host.install(self.model, host.build(self.model, allowed))
             inputs = {k: v.to(device) for k, v in self.task.collate(self.encoded, rows).items()}
             scores = host.check_rows(self.task.readout(self.model(**inputs)), len(rows), 1)[:, 0].float()
             weights = combine(scores.detach())

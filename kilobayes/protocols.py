@@ -71,6 +71,15 @@ class Energy(Protocol):
 
 
 @runtime_checkable
+class Restricts(Protocol):
+    """An energy whose adapter allows some weights only, as a sparse one does."""
+
+    def restrict(self, draws: Params, around: Params) -> Params:
+        """Draws ``(n, ...)`` with what the adapter keeps of the weights ``(n, ...)`` around them."""
+        ...
+
+
+@runtime_checkable
 class Extends(Protocol):
     """A posterior with trainable leaves of its own, such as standard deviations."""
 

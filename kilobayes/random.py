@@ -46,3 +46,20 @@ class Streams:
     def restore(self, state: Tensor) -> None:
         for g, row in zip(self.generators, state, strict=True):
             g.set_state(row.clone())  # a view into a larger tensor crashes torch 2.13
+
+
+class DefaultStream(Streams):
+    """torch's default generator as a stream, for training loops other than ours.
+
+    There an adapter's noise obeys ``torch.manual_seed`` and is replayed under gradient checkpointing, as a
+    Trainer's users expect of every dropout layer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__([])
+
+    def normal(self, like: Tensor) -> Tensor:
+        return torch.randn_like(like)
+
+    def keep(self, like: Tensor, probability: float) -> Tensor:
+        return torch.bernoulli(torch.full_like(like, probability))

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
-from kilobayes import host, tree
+from kilobayes import host, parametrise, tree
 from kilobayes.posteriors import ask
 from kilobayes.random import Streams, generator
 from kilobayes.types import Params, Posterior, Progress
@@ -119,7 +119,8 @@ class Step:
         total = torch.zeros(stack, device=device)
         # noise is drawn for the whole step: it depends neither on micro-batches nor on processes
         drawn = ask.perturb(self.posterior, state, theta, whole, self.streams, progress)
-        used = self.method.drop(drawn, self.streams) if getattr(self.method, "dropout", 0.0) else drawn
+        used = parametrise.drop(self.method, drawn, self.streams)
+        used = parametrise.restrict(self.method, used, theta, progress)
         each = tree.size(used) // stack  # 1, or a draw for every row
         factors = Factors(self.model)
         for at in range(0, count, size):
@@ -136,6 +137,7 @@ class Step:
             (loss.sum() * share).backward()
             total += loss.detach() * share
         penalty = ask.penalty(self.posterior, state, theta, progress)
+        penalty = penalty + parametrise.penalty(self.method, theta, progress)
         factors.backward(penalty.sum() / self.processes.count)
         if self.processes.count > 1:
             for value in theta.values():

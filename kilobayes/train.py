@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kilobayes import checkpoint, host, optim
+from kilobayes import checkpoint, host, optim, parametrise
 from kilobayes.errors import KilobayesError
 from kilobayes.modes import checkpointing, evaluation
 from kilobayes.posteriors import ask
@@ -142,9 +142,11 @@ def fit(
     steps = per_epoch * settings.epochs
     losses = torch.full((steps, stack), float("nan"))
     alive = torch.ones(stack, dtype=torch.bool, device=device)
+    memo: Params = {}  # of the adapter's own
     done, began = 0, time.monotonic()
     if save is not None and (found := save.load(posterior, state, theta, moments, streams)) is not None:
         state, done, losses, alive = found.state, found.step, found.losses, found.alive.to(device)
+        memo = found.memo
     processes = Processes(device)
     work = Step(
         model,
@@ -157,7 +159,7 @@ def fit(
         settings.accumulate,
         processes,
     )
-    groups = getattr(work.method, "rates", dict)() | ask.rates(posterior, theta)
+    groups = parametrise.rates(work.method, theta) | ask.rates(posterior, theta)
 
     def own(step: int) -> float:
         return optim.linear((step - 0.5) / steps, settings.warmup)
@@ -185,6 +187,7 @@ def fit(
                         state = ask.update(posterior, state, theta, drawn, gradients, moving, progress)
                 else:
                     optim.step(settings.optimiser, moments, theta, gradients, moving, index + 1, groups)
+                memo = parametrise.project(work.method, theta, gradients, memo, progress)
                 before, state, done = state, posterior.observe(state, theta, progress), index + 1
                 if energy is not None and progress.epoch_ended and ask.validates(posterior):
                     state = ask.validate(posterior, state, theta, progress, energy)
@@ -193,7 +196,7 @@ def fit(
                 late = bool(settings.max_seconds) and time.monotonic() - began > settings.max_seconds
                 late, interrupted = processes.any(late and not progress.done, interrupts.seen)
                 if save is not None and processes.first and (save.due(progress) or late or interrupted):
-                    save.write(done, state, theta, moments, streams, losses, alive)
+                    save.write(done, state, theta, moments, streams, losses, alive, memo)
                 if interrupted:
                     raise KeyboardInterrupt
                 if late:

@@ -83,12 +83,11 @@ def map_tensors(operator: Any, fn: Callable[[Tensor], Tensor]) -> Any:
 class Adapter(Protocol):
     """A compact parametrisation of the updates: a frozen dataclass whose repr is its configuration.
 
-    Optional, asked for by name: ``dropout`` and ``drop`` (noise of a training step), ``rates`` (learning-rate
-    factor by leaf), ``count`` (numbers stored, from the paper's formula).
+    What else an adapter may offer is in :mod:`kilobayes.parametrise`, which asks for it by name.
     """
 
-    def init(self, sites: list[Site], stack: int, gen: torch.Generator) -> tuple[Params, Params]:
-        """Trainable leaves ``(stack, ...)`` and frozen constants, for all sites at once."""
+    def init(self, sites: list[Site], constants: Params, stack: int, gen: torch.Generator) -> Params:
+        """Trainable leaves ``(stack, ...)`` in float32 for all sites at once, from the frozen constants."""
         ...
 
     def build(self, params: Params, constants: Params, site: Site) -> Operator:

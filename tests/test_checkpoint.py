@@ -34,7 +34,7 @@ def write(path: Path, posterior: Posterior = POSTERIOR) -> object:
     state = observed(posterior, walk([1, 2]))
     theta, moments, streams = parts(3)
     losses, alive = torch.rand(9, 2, generator=generator(1)), torch.tensor([True, False])
-    Checkpoint(path, dict(IDENTITY)).write(7, state, theta, moments, streams, losses, alive)
+    Checkpoint(path, dict(IDENTITY)).write(7, state, theta, moments, streams, losses, alive, {"s/memory": torch.ones(2, 3)})
     return state
 
 
@@ -46,6 +46,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert found is not None
     assert found.step == 7
     assert found.alive.tolist() == [True, False]
+    assert found.memo["s/memory"].tolist() == torch.ones(2, 3).tolist()
     assert torch.equal(found.losses, torch.rand(9, 2, generator=generator(1)))
     assert not tree.first_difference(tree.flatten_state(found.state), tree.flatten_state(state))
     expected, expected_moments, expected_streams = parts(3)

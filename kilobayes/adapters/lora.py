@@ -53,19 +53,21 @@ class LoRA:
         alpha = 2.0 * self.r if self.alpha is None else self.alpha
         return alpha / math.sqrt(self.r) if self.rslora else alpha / self.r
 
-    def init(self, sites: list[Site], stack: int, gen: torch.Generator) -> tuple[Params, Params]:
+    def init(self, sites: list[Site], constants: Params, stack: int, gen: torch.Generator) -> Params:
         theta: Params = {}
         for site in sites:
             uniform = torch.rand(stack, self.r, site.d_in, generator=gen)
             theta[f"{site.name}/A"] = (2.0 * uniform - 1.0) / math.sqrt(site.d_in)
             theta[f"{site.name}/B"] = torch.zeros(stack, site.d_out, self.r)
-        return theta, {}
+        return theta
 
     def build(self, params: Params, constants: Params, site: Site) -> LowRank:
         return LowRank(A=params["A"], B=self.scale * params["B"])
 
     def drop(self, params: Params, streams: Streams) -> Params:
         """A training step's dropout: each column of A is zero with probability p, else divided by 1 - p."""
+        if not self.dropout:
+            return params
         keep = 1.0 - self.dropout
 
         def mask(a: Tensor) -> Tensor:

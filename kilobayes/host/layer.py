@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from kilobayes import parametrise
 from kilobayes.errors import KilobayesError
+from kilobayes.host.check import BaseCheck
 from kilobayes.host.packing import frozen_weights, low_rank_linear
 from kilobayes.host.rows import add, blocks, members
+from kilobayes.random import DefaultStream
 from kilobayes.types import Adapter, LowRank, Operator, Params, Site, delta, map_tensors
 
 SHARED = "shared_"  # leaves shared by all sites live in the first site's layer under this prefix
@@ -41,13 +44,14 @@ class KilobayesLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("kilobayes_leaves",)
-    other_param_names = ("methods", "constants", "shared")
+    other_param_names = ("methods", "constants", "shared", "kilobayes_checks")
 
     def __init__(self, base_layer: nn.Module, path: str, **quantization: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.path = path
         self.kilobayes_leaves = nn.ModuleDict()
+        self.kilobayes_checks = nn.ModuleDict()
         self.methods: dict[str, Adapter] = {}
         self.constants: dict[str, Params] = {}
         self.shared: dict[str, KilobayesLayer] = {}  # where an adapter's shared leaves live, by adapter name
@@ -57,11 +61,8 @@ class KilobayesLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         base = self.get_base_layer()
         if not adaptable(base, **quantization):
-            raise KilobayesError(
-                f"{path} cannot be adapted",
-                f"it is a {type(base).__name__}, not a linear layer",
-                "take it out of target_modules",
-            )
+            found = f"it is a {type(base).__name__}, not a linear layer"
+            raise KilobayesError(f"{path} cannot be adapted", found, "take it out of target_modules")
         self.conv1d = isinstance(base, Conv1D)
         self.d_in, self.d_out = (int(d) for d in _get_in_out_features(base) if d is not None)
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
@@ -84,6 +85,8 @@ class KilobayesLayer(nn.Module, BaseTunerLayer):
 
         self.methods[name] = method
         self.constants[name] = {k: place(v) for k, v in constants.items()}
+        if any(not k.startswith(SHARED) for k in constants):
+            self.kilobayes_checks[name] = BaseCheck(self.path, constants)
         self.kilobayes_leaves[name] = nn.ParameterDict(
             {k: nn.Parameter(place(v), requires_grad=trainable) for k, v in leaves.items()}
         )
@@ -91,15 +94,25 @@ class KilobayesLayer(nn.Module, BaseTunerLayer):
     def operator(self, name: str, dropout: bool = False) -> Operator:
         """The operator built from an adapter's leaves; with ``dropout``, under a sample of its own."""
         own: Any = self.kilobayes_leaves[name]
-        leaves = {k: v for k, v in own.items() if not k.startswith(SHARED)}
-        if name in self.shared:
-            owner: Any = self.shared[name].kilobayes_leaves[name]
-            leaves |= {k.removeprefix(SHARED): v for k, v in owner.items() if k.startswith(SHARED)}
-        method: Any = self.methods[name]
-        if dropout and getattr(method, "dropout", 0.0) > 0.0:
-            dropped = method.drop({f"{self.path}/{k}": v for k, v in leaves.items()}, _Default())
+        leaves = self._with_shared(name, own, lambda owner: owner.kilobayes_leaves[name])
+        method = self.methods[name]
+        if dropout:
+            placed = {f"{self.path}/{k}": v for k, v in leaves.items()}
+            dropped = parametrise.drop(method, placed, DefaultStream())
             leaves = {k.rpartition("/")[2]: v for k, v in dropped.items()}
-        return method.build(leaves, self.constants[name], self.site)
+        return method.build(leaves, self.frozen(name), self.site)
+
+    def frozen(self, name: str) -> Params:
+        """An adapter's constants at this site, shared ones included, by their names alone."""
+        return self._with_shared(name, self.constants[name], lambda owner: owner.constants[name])
+
+    def _with_shared(self, name: str, own: Params, of: Callable[[KilobayesLayer], Any]) -> Params:
+        """What is the site's own, and what all sites share, which the first site's layer holds."""
+        found = {k: v for k, v in own.items() if not k.startswith(SHARED)}
+        if name in self.shared:
+            held = of(self.shared[name])
+            found |= {k.removeprefix(SHARED): v for k, v in held.items() if k.startswith(SHARED)}
+        return found
 
     def operators(self) -> list[Operator]:
         """What the forward adds to the base: the installed operator, or those of the active adapters."""
@@ -233,14 +246,3 @@ def require_single(name: str, stack: int) -> None:
             f"a stack of {stack}",
             "write one member first: host.write(model, tree.member(host.read(model), 0))",
         )
-
-
-class _Default:
-    """torch's default generator as a stream, for training loops other than ours.
-
-    There the adapter's dropout obeys ``torch.manual_seed`` and is replayed under gradient checkpointing, as a
-    Trainer's users expect of every dropout layer.
-    """
-
-    def keep(self, like: Tensor, probability: float) -> Tensor:
-        return torch.bernoulli(torch.full_like(like, probability))

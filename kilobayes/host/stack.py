@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from kilobayes.errors import KilobayesError, nearest
+from kilobayes.host import tokens
 from kilobayes.host.head import StackedLinear, Whole
 from kilobayes.host.layer import SHARED, KilobayesLayer
 from kilobayes.tree import leaves_of, size
 from kilobayes.types import Adapter, Operator, Params, Site, map_tensors
 
-Built = dict[str, Operator]  # by site or head path
+Built = dict[str, Operator]  # by site or head path; seeds of masks by theirs
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -146,11 +147,21 @@ def write(model: nn.Module, theta: Params, name: str | None = None) -> None:
 def build(model: nn.Module, theta: Params, name: str | None = None) -> Built:
     """The operators of a stack, one per site and head; differentiable in ``theta``."""
     name = active(model, name)
-    out: Built = {}
+    theta, out = tokens.split(theta)
     for site, layer in layers(model, name).items():
-        out[site] = layer.methods[name].build(leaves_of(theta, site), layer.constants[name], layer.site)
+        out[site] = layer.methods[name].build(leaves_of(theta, site), layer.frozen(name), layer.site)
     for path in heads(model, name):
         out[path] = Whole(theta[f"{path}/weight"], theta.get(f"{path}/bias"))
+    return out
+
+
+def constants(model: nn.Module, name: str | None = None) -> Params:
+    """An adapter's frozen constants, by ``"site/name"``, and ``"*/name"`` for those that all sites share."""
+    name = active(model, name)
+    out: Params = {}
+    for site, layer in layers(model, name).items():
+        for key, value in layer.constants[name].items():
+            out[f"*/{key.removeprefix(SHARED)}" if key.startswith(SHARED) else f"{site}/{key}"] = value
     return out
 
 
@@ -169,8 +180,9 @@ def install(model: nn.Module, built: Built | None, name: str | None = None) -> N
             "the adapter is merged into the base, which would hide what is installed",
             remedy="model.unmerge_adapter() first",
         )
+    masked = tokens.wrapped(base_of(model), layers(model, name), built)
     for path, member in members.items():
-        member.installed = None if built is None else built[path]
+        member.installed = None if built is None else masked[path]
 
 
 def detach(built: Built) -> Built:

@@ -14,23 +14,27 @@ from peft.utils.peft_types import register_peft_method
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
+from kilobayes import parametrise
 from kilobayes.errors import KilobayesError
 from kilobayes.host import deberta, targets
 from kilobayes.host.config import NAME, KilobayesConfig
 from kilobayes.host.head import StackedLinear, stack_head
 from kilobayes.host.layer import SHARED, KilobayesLayer, require_single
 from kilobayes.random import generator
-from kilobayes.tree import concatenate, leaves_of, map_params
+from kilobayes.tree import concatenate, map_params
 from kilobayes.types import Adapter, Params, Site
 
 
-def initial(adapter: Adapter, sites: list[Site], seeds: list[int]) -> tuple[Params, Params]:
-    """A stack's start: member s draws from the generator of ``seeds[s]``, as it would alone."""
-    members: list[Params] = []
-    constants: Params = {}
-    for seed in seeds:
-        theta, constants = adapter.init(sites, 1, generator(seed))
-        members.append(theta)
+def initial(
+    adapter: Adapter, sites: list[Site], seeds: list[int], constants: Params | None = None
+) -> tuple[Params, Params]:
+    """A stack's start: member s draws from the generator of ``seeds[s]``, as it would alone.
+
+    Args:
+        constants: the adapter's constants on these sites, if they are at hand.
+    """
+    constants = parametrise.freeze(adapter, sites) if constants is None else constants
+    members = [adapter.init(sites, constants, 1, generator(seed)) for seed in seeds]
     return concatenate(members), constants
 
 
@@ -102,12 +106,15 @@ class KilobayesModel(BaseTuner):
             theta = map_params(lambda t: t.to("meta"), theta)
         owner = next(iter(layers.values()))
         shared = {SHARED + k.removeprefix("*/"): v for k, v in theta.items() if k.startswith("*/")}
+        common = {SHARED + k.removeprefix("*/"): v for k, v in constants.items() if k.startswith("*/")}
         trainable = name in self.active_adapters and not config.inference_mode
         for key, layer in layers.items():
             own = {k.removeprefix(f"{key}/"): v for k, v in theta.items() if k.startswith(f"{key}/")}
             own |= shared if layer is owner else {}
-            layer.fill(name, config.method, own, leaves_of(constants, key), trainable)
-            if shared:
+            frozen = {k.removeprefix(f"{key}/"): v for k, v in constants.items() if k.startswith(f"{key}/")}
+            frozen |= common if layer is owner else {}
+            layer.fill(name, config.method, own, frozen, trainable)
+            if shared or common:
                 layer.shared[name] = owner
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:

@@ -20,11 +20,13 @@ from kilobayes.protocols import (
     Perturbs,
     Predicts,
     Rates,
+    Restricts,
     Schedules,
     Transforms,
     Validates,
 )
 from kilobayes.random import Streams
+from kilobayes.tree import map_params, size, spread
 from kilobayes.types import Params, Posterior, Progress
 
 
@@ -119,7 +121,20 @@ def logits(posterior: Posterior, state: Any, energy: Energy, n: int, gen: torch.
     """Class scores ``(n, N, C)`` of n draws on the rows of ``energy``, before :func:`transform`."""
     if isinstance(posterior, Predicts):
         return posterior.logits(state, energy, n, gen)
-    return energy.logits(posterior.sample(state, n, gen))
+    return energy.logits(draws(posterior, state, energy, n, gen))
+
+
+def draws(posterior: Posterior, state: Any, energy: Energy, n: int, gen: torch.Generator) -> Params:
+    """``n`` draws ``(n, ...)`` as the model's adapter allows them: a sparse one stays on its support."""
+    return restricted(energy, posterior.sample(state, n, gen), posterior.mean(state))
+
+
+def restricted(energy: Energy, drawn: Params, mean: Params) -> Params:
+    """Draws ``(n, ...)`` spread around means ``(K, ...)``, with what the energy's adapter keeps of these."""
+    if not isinstance(energy, Restricts):
+        return drawn
+    who = spread(size(mean), size(drawn))
+    return energy.restrict(drawn, map_params(lambda t: t[who.to(t.device)], mean))
 
 
 def transform(posterior: Posterior, state: Any, logits: Tensor) -> Tensor:

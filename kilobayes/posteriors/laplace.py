@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from kilobayes import tree
-from kilobayes.posteriors import linearised
+from kilobayes.posteriors import ask, linearised
 from kilobayes.posteriors.curvature import Curvature
 from kilobayes.posteriors.gauss_newton import LARGEST, gauss_newton
 from kilobayes.protocols import Energy
@@ -146,7 +146,7 @@ class Laplace:
 
     def logits(self, state: LaplaceState, energy: Energy, n: int, gen: torch.Generator) -> Tensor:
         if not self.linearised or not state.values:
-            return energy.logits(self.sample(state, n, gen))
+            return energy.logits(ask.draws(self, state, energy, n, gen))
         draws = []
         for k, count in enumerate(shares(size(state.theta), max(n, self.samples))):
             own, theta = state.precision[k : k + 1], member(state.theta, k)

@@ -100,7 +100,7 @@ class Scale(Wrapping):
         if scores:
             logits = ask.logits(self.base, state.inner, energy, count, gen)
         else:
-            drawn = self.base.sample(state.inner, count, gen)
+            drawn = ask.draws(self.base, state.inner, energy, count, gen)
 
         def at(root: float) -> Tensor:
             new = replace(state, factor=torch.full_like(state.factor, root**2))

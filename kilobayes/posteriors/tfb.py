@@ -126,7 +126,8 @@ class TFB(Wrapping):
         noise = directions(mean, self.samples, self.over, gen)
 
         def scores(theta: Params) -> Tensor:
-            return ask.transform(self.base, state.inner, energy.logits(theta)).double()
+            kept = ask.restricted(energy, theta, mean)
+            return ask.transform(self.base, state.inner, energy.logits(kept)).double()
 
         point = scores(mean)
         labels = point[0].argmax(dim=-1) if self.labels == "own" else energy.labels.to(point.device)

@@ -61,9 +61,8 @@ class Wrapping:
     def logits(self, state: Any, energy: Energy, n: int, gen: torch.Generator) -> Tensor:
         if isinstance(ask.innermost(self.base), Predicts):
             return ask.logits(self.base, self.inner(state), energy, n, gen)
-        return energy.logits(
-            self.sample(state, n, gen)
-        )  # as the wrapper samples, which may not be as the base
+        # as the wrapper samples, which may not be as the base
+        return energy.logits(ask.draws(self, state, energy, n, gen))  # type: ignore[arg-type]
 
     def transform(self, state: Any, logits: Tensor) -> Tensor:
         return ask.transform(self.base, self.inner(state), logits)

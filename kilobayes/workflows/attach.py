@@ -59,7 +59,7 @@ def attach(base: Base, options: Options) -> PeftModel:
 
 def start(model: nn.Module, base: Base, seeds: list[int]) -> Params:
     """Initial leaves of a stack, member s from ``seeds[s]`` alone; a new head has a start for each."""
-    theta, _ = host.initial(host.method(model), host.sites(model), seeds)
+    theta, _ = host.initial(host.method(model), host.sites(model), seeds, host.constants(model))
     for key, value in host.read(model).items():
         if key in theta:
             continue

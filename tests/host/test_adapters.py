@@ -38,13 +38,18 @@ class Toy:
 
     form: str = "low rank"
 
-    def init(self, sites: list[Site], stack: int, gen: torch.Generator) -> tuple[Params, Params]:
+    def freeze(self, sites: list[Site]) -> Params:
+        gen = torch.Generator().manual_seed(5)
+        own = {f"{s.name}/fixed": torch.randn(4, s.d_in, generator=gen) for s in sites}
+        return own | {"*/common": torch.ones(())}
+
+    def init(self, sites: list[Site], constants: Params, stack: int, gen: torch.Generator) -> Params:
         theta = {"*/bank": torch.randn(stack, 3, 4, generator=gen)}
         theta |= {f"{s.name}/mix": torch.randn(stack, s.d_out, 3, generator=gen) * 0.2 for s in sites}
-        return theta, {f"{s.name}/fixed": torch.randn(4, s.d_in, generator=gen) for s in sites}
+        return theta
 
     def build(self, params: Params, constants: Params, site: Site) -> LowRank | Mixed:
-        b, fixed = params["mix"] @ params["bank"], constants["fixed"]
+        b, fixed = params["mix"] @ params["bank"], constants["common"] * constants["fixed"]
         if self.form == "low rank":
             return LowRank(fixed.expand(len(b), *fixed.shape), b)
         bend = torch.ones(len(b), 1, 1) if self.form == "bent" else None
@@ -90,7 +95,8 @@ def test_shared_leaves_are_saved_once_and_constants_not_at_all(form, low, tmp_pa
     model, inputs = toy(form, stack=2), batch("bert")
     model.save_pretrained(tmp_path)
     held = load_file(tmp_path / "adapter_model.safetensors")
-    assert sum(v.numel() for v in held.values()) == 2 * (12 + 6 * 32 * 3 + 32 * 3 + 3)
+    # and one number for each site that has constants, by which another base is told
+    assert sum(v.numel() for v in held.values()) == 2 * (12 + 6 * 32 * 3 + 32 * 3 + 3) + 6
     again = PeftModel.from_pretrained(make("bert"), tmp_path, low_cpu_mem_usage=low)
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
     again.load_adapter(tmp_path, "second")
