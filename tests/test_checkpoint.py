@@ -34,7 +34,9 @@ def write(path: Path, posterior: Posterior = POSTERIOR) -> object:
     state = observed(posterior, walk([1, 2]))
     theta, moments, streams = parts(3)
     losses, alive = torch.rand(9, 2, generator=generator(1)), torch.tensor([True, False])
-    Checkpoint(path, dict(IDENTITY)).write(7, state, theta, moments, streams, losses, alive, {"s/memory": torch.ones(2, 3)})
+    Checkpoint(path, dict(IDENTITY)).write(
+        7, state, theta, moments, streams, losses, alive, {"s/memory": torch.ones(2, 3)}
+    )
     return state
 
 
