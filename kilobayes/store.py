@@ -117,7 +117,7 @@ def read_state(folder: Path, card: Card, leaves: Params) -> tuple[Posterior, Any
         drawn = posterior.sample(
             state, posterior.support(state) or ask.members(posterior), generator(card.seed)
         )
-        theirs, ours = ({k: v.shape[1:] for k, v in p.items()} for p in (drawn, leaves))
+        theirs, ours = ({k: v.shape[1:] for k, v in p.items()} for p in (tree.plain(drawn), leaves))
         odd = next((k for k in sorted(theirs | ours) if theirs.get(k) != ours.get(k)), "")
         if odd or tree.size(posterior.mean(state)) != ask.members(posterior):
             raise ValueError(f"its {odd or 'number of members'} does not fit")

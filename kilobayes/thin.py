@@ -175,6 +175,8 @@ def _around(posterior: Any, state: Any) -> list[tuple[Any, Any]]:
         posterior, state = posterior.base, posterior.inner(state)
     if isinstance(posterior, Predicts) and getattr(posterior, "linearised", True):
         raise _stays(posterior, "it predicts in its own way, not by running sampled weights")
+    if getattr(posterior, "masks", False):
+        raise _stays(posterior, "its draws differ in masks of tokens, not in weights")
     if isinstance(posterior, Transforms):
         raise _stays(posterior, "it changes class scores")
     return found

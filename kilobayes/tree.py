@@ -12,6 +12,9 @@ from torch import Tensor
 
 from kilobayes.types import Params
 
+# a draw's leaf that masks its sites' inputs token by token (host/tokens.py), and the parts of the share kept
+TOKENS, SHARES = "~tokens", 1 << 16
+
 
 def split_key(key: str) -> tuple[str, str]:
     """``"site/leaf"`` to ``("site", "leaf")``."""
@@ -26,6 +29,11 @@ def leaves_of(params: Params, site: str) -> Params:
 
 def map_params(fn: Callable[[Tensor], Tensor], params: Params) -> Params:
     return {key: fn(value) for key, value in params.items()}
+
+
+def plain(params: Params) -> Params:
+    """The adapter's leaves alone, without what a draw or a posterior adds to them."""
+    return {key: value for key, value in params.items() if "~" not in key}
 
 
 def clone(params: Params) -> Params:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kilobayes.errors import KilobayesError
+from kilobayes.host.tokens import Masked
 from kilobayes.types import LowRank, Operator, map_tensors
 
 
@@ -31,6 +32,8 @@ def members(operator: Operator) -> int:
 
 def add(y: Tensor, x: Tensor, operator: Operator) -> Tensor:
     """Base output plus the update, block s of the rows through member s; y's dtype is kept."""
+    if isinstance(operator, Masked):
+        x, operator = operator.mask(x), operator.operator
     some = next(v for v in vars(operator).values() if isinstance(v, Tensor))
     rows = blocks(x, members(operator)).flatten(1, -2)
     if (

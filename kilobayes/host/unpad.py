@@ -28,6 +28,7 @@ from kilobayes.host.kernels import eager
 from kilobayes.host.layer import KilobayesLayer
 from kilobayes.host.pairing import _last_self_output
 from kilobayes.host.stack import base_of
+from kilobayes.host.tokens import lay_out
 
 ARCHITECTURES = ("bert", "roberta", "distilbert", "gpt2", "llama", "opt", "qwen2")
 ATTENTION = ("sdpa", "eager")
@@ -118,13 +119,10 @@ class Layout:
 
 
 def layout_of(mask: Tensor, groups: int) -> Layout | None:
-    """The layout of a padding mask ``(rows, T)``, or None where too little is padded.
-
-    The first column is always kept: encoders classify from it, whatever the mask says.
-    """
+    """The layout of a padding mask ``(rows, T)``, or None where too little is padded."""
     rows, length = mask.shape
     kept = mask != 0
-    kept[:, 0] = True
+    kept[:, 0] = True  # encoders classify from it, whatever the mask says
     grouped = kept.view(groups, -1)
     tokens = int(grouped.sum(dim=1).max())
     if groups * tokens > (1.0 - LEAST_PADDING) * rows * length:
@@ -209,6 +207,7 @@ def real_tokens(model: nn.Module) -> Iterator[nn.Module]:
                 mask = mask.repeat(rows // len(mask), 1)
             cached = kwargs.get("past_key_values") is not None or mask.shape[1] != hidden.shape[1]
             now["layout"] = None if cached else layout_of(mask, stack if rows % stack == 0 else 1)
+            lay_out(adapted, now["layout"])
         layout: Layout | None = now.get("layout")
         if layout is None:
             return None

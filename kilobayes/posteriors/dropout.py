@@ -16,8 +16,14 @@ theta_0; the entropy of q does not depend on theta-hat. A prediction averages th
 
 Departures. The mask is shared by the tokens of a row, in training, and by all rows and tokens of a draw at
 prediction: published code for language models draws a mask for every token (dropout of the layer's input),
-whose draws are no functions of the input, and understates how much the tokens of a row err together. The
-prior is centred where training starts, as :class:`~kilobayes.posteriors.point.Point`'s, instead of at zero.
+whose draws are no weights, and which understates how much the tokens of a row err together. With
+``noise="token"`` it is had all the same: the layer's input x becomes x z / (1 - p), z of its own for every
+token, column and site, a hash of the draw's seed and the row's tokens (:mod:`kilobayes.host.tokens`), so that
+a draw is still a function of the row. What it adds to the weights' prior is then no penalty on theta-hat: the
+weights do not vary, and the last term above is left out.
+
+The prior is centred where training starts, as :class:`~kilobayes.posteriors.point.Point`'s, instead of at
+zero.
 """
 
 from __future__ import annotations
@@ -29,10 +35,10 @@ from torch import Tensor
 
 from kilobayes.posteriors.point import Point, PointState
 from kilobayes.random import Streams
-from kilobayes.tree import chosen, size
+from kilobayes.tree import SHARES, TOKENS, chosen, size, split_key
 from kilobayes.types import Params, Progress
 
-NOISE = ("row", "step")
+NOISE = ("row", "step", "token")
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class MCDropout:
             on top of it, while training only: a column is then kept with (1 - p)(1 - dropout).
         over: which leaves, as a glob such as ``"*/A"``; "" for A, or all of the adapter if none is called so.
         noise: "row" for a mask for each row of a batch; "step" for one a step, which takes less memory: its
-            gradients are noisier.
+            gradients are noisier; "token" for a mask of each token of an adapted layer's input, as published
+            code for language models has it, in training and in a draw.
         prior_precision: lambda, in nats per squared weight; 0 is no prior.
 
     Raises:
@@ -60,7 +67,7 @@ class MCDropout:
         if not 0.0 <= self.p < 1.0:
             raise ValueError(f"p must lie in [0, 1), found {self.p}")
         if self.noise not in NOISE:
-            raise ValueError(f"noise must be {' or '.join(NOISE)}, found {self.noise!r}")
+            raise ValueError(f"noise must be {', '.join(NOISE[:-1])} or {NOISE[-1]}, found {self.noise!r}")
         self._point()
 
     def _point(self) -> Point:
@@ -75,6 +82,10 @@ class MCDropout:
     ) -> Params:
         if not self.p:
             return theta
+        if self.masks:
+            like = next(iter(theta.values()))
+            bits = streams.normal(torch.empty(len(like), 2)).view(torch.int64)  # of two float32 each
+            return theta | self._seeds(theta, bits[:, 0].to(like.device))
         times = rows if self.noise == "row" else 1
         each = {key: value.repeat_interleave(times, dim=0) for key, value in theta.items()}
         for key in chosen(theta, self.over):
@@ -83,7 +94,8 @@ class MCDropout:
 
     def penalty(self, state: PointState, theta: Params, progress: Progress) -> Tensor:
         loss = self._point().penalty(state, theta, progress)
-        for key in chosen(theta, self.over) if self.p and self.prior_precision else ():
+        varied = self.p and self.prior_precision and not self.masks
+        for key in chosen(theta, self.over) if varied else ():
             spread = self.p / (1.0 - self.p) * theta[key].square().flatten(1).sum(dim=1)
             loss = loss + self.prior_precision / (2 * progress.rows) * spread
         return loss
@@ -93,11 +105,25 @@ class MCDropout:
 
     def sample(self, state: PointState, n: int, gen: torch.Generator) -> Params:
         theta = self._point().sample(state, n, gen)
+        if self.masks:
+            bits = torch.randint(1 << 62, (n,), generator=gen)
+            return theta | self._seeds(theta, bits.to(next(iter(theta.values())).device))
         for key in chosen(theta, self.over) if self.p else ():
             shape = mask_like(theta[key]).shape
             keep = torch.rand(shape, generator=gen) < 1.0 - self.p  # on the CPU, whatever the device
             theta[key] = theta[key] * (keep.to(theta[key]) / (1.0 - self.p))
         return theta
+
+    @property
+    def masks(self) -> bool:
+        """Whether draws are the trained weights with masks of tokens, and no other weights."""
+        return self.noise == "token" and self.p > 0
+
+    def _seeds(self, theta: Params, bits: Tensor) -> Params:
+        """For each site of the chosen leaves, what has its layer mask: seeds ``(S,)`` and the share kept."""
+        kept = min(max(round((1.0 - self.p) * SHARES), 1), SHARES - 1)
+        leaf = torch.stack([bits, torch.full_like(bits, kept)], dim=1)
+        return {f"{split_key(key)[0]}/{TOKENS}": leaf for key in chosen(theta, self.over)}
 
     def mean(self, state: PointState) -> Params:
         return self._point().mean(state)
