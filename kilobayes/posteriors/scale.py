@@ -82,7 +82,8 @@ class Scale(Wrapping):
 
     @property
     def _predicts(self) -> bool:
-        return isinstance(ask.innermost(self.base), Predicts)
+        last = ask.innermost(self.base)
+        return isinstance(last, Predicts) or getattr(last, "masks", False)
 
     def of_scores(self, state: ScaleState) -> bool:
         """Whether the class scores are what is scaled, and not the weights."""
