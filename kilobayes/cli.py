@@ -10,6 +10,7 @@ import typer
 
 from kilobayes.commands import shell
 from kilobayes.commands.calibrate import calibrate
+from kilobayes.commands.export import export
 from kilobayes.commands.flags import (
     Coverage,
     Data,
@@ -158,20 +159,7 @@ def compare(
     command.compare(runs, data, split, ood, columns, limit, samples, out, model, device, as_json=json_)
 
 
-@app.command()
-def export(
-    run: Run,
-    to: Annotated[
-        str, typer.Option(help="lora: plain PEFT LoRA of the mean; merged: the model with the mean merged.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    member: Annotated[int, typer.Option(help="Which member of an ensemble.")] = 0,
-    model: Model = None,
-) -> None:
-    """Write a run's mean for tools that do not know kilobayes."""
-    from kilobayes.commands import runs
-
-    runs.export(run, to, out, member, model)
+app.command()(export)
 
 
 @app.command()
@@ -194,7 +182,9 @@ app.command()(calibrate)
 
 @app.command("list")
 def list_(
-    model: Annotated[str | None, typer.Option(help="Also the bytes of each adapter on this model.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--sizes", "--model", help="Also the bytes of each adapter on this model.")
+    ] = None,
     target_modules: Annotated[str | None, typer.Option(help="Modules to adapt, separated by commas.")] = None,
     json_: Json = False,
 ) -> None:

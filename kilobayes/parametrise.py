@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kilobayes.random import Streams
-from kilobayes.tree import size, split_key
+from kilobayes.tree import numbers, size, split_key
 from kilobayes.types import Params, Progress, Site
 
 HEAD = ("weight", "bias")  # leaves of trained heads
@@ -72,3 +72,44 @@ def rates(adapter: Any, theta: Params) -> dict[str, float]:
         if name in factors:
             found[key] = factors[name]
     return found
+
+
+def stored(adapter: Any, sites: list[Site], theta: Params) -> int:
+    """Bytes of the packed tensors of one member in float32: the adapter's formula, or 4 a number."""
+    if hasattr(adapter, "stored"):
+        return int(adapter.stored(sites))
+    return 4 * numbers(theta)
+
+
+def pack(adapter: Any, theta: Params, sites: list[Site]) -> dict[str, Tensor]:
+    """A stack's adapter leaves as few tensors ``(S, ...)``; by default all sites' leaves of a name in one."""
+    if hasattr(adapter, "pack"):
+        return adapter.pack(theta, sites)  # type: ignore[no-any-return]
+    found: dict[str, list[Tensor]] = {}
+    for key in _in_order(theta, sites):
+        found.setdefault(split_key(key)[1], []).append(theta[key].flatten(1))
+    return {name: torch.cat(parts, dim=1) for name, parts in found.items()}
+
+
+def unpack(adapter: Any, tensors: dict[str, Tensor], sites: list[Site], like: Params) -> Params:
+    """The inverse of :func:`pack`, for leaves of the shapes of ``like``.
+
+    Raises:
+        KeyError: a tensor is missing.
+        RuntimeError: one has another size.
+    """
+    if hasattr(adapter, "unpack"):
+        return adapter.unpack(tensors, sites)  # type: ignore[no-any-return]
+    keys = _in_order(like, sites)
+    out: Params = {}
+    for name in {split_key(key)[1]: None for key in keys}:
+        own = [key for key in keys if split_key(key)[1] == name]
+        parts = tensors[name].split([like[key][0].numel() for key in own], dim=1)
+        out |= {k: v.reshape(-1, *like[k].shape[1:]).clone() for k, v in zip(own, parts, strict=True)}
+    return out
+
+
+def _in_order(theta: Params, sites: list[Site]) -> list[str]:
+    """Keys of adapter leaves: shared ones first, then the sites in their order."""
+    place = {"*": -1} | {site.name: index for index, site in enumerate(sites)}
+    return sorted(theta, key=lambda key: (place[split_key(key)[0]], split_key(key)[1]))

@@ -69,7 +69,7 @@ def list_methods(model: str | None, targets: str | None, *, as_json: bool) -> No
     sizes = _sizes(model, targets) if model else {}
     rows: list[dict[str, Any]] = [
         {"kind": kind[:-1], "name": e.name, "summary": e.summary, "arxiv": e.paper, "options": e.defaults}
-        | ({"bytes": sizes[e.name]} if e.name in sizes else {})
+        | sizes.get(e.name, {})
         for kind in (ADAPTERS, POSTERIORS)
         for e in catalog(kind).values()
     ]
@@ -88,21 +88,25 @@ def list_methods(model: str | None, targets: str | None, *, as_json: bool) -> No
         out.print(title)
         facts = [
             f"arXiv:{row['arxiv']}" if row["arxiv"] else "",
-            f"{row['bytes']:,} bytes" if "bytes" in row else "",
+            f"trains {row['trained']:,} numbers, stores {row['bytes']:,} bytes" if "bytes" in row else "",
+            f"does not fit this model: {row['error']}" if "error" in row else "",
         ]
         told = " ".join([row["summary"], *(f for f in facts if f)])
         out.print(Padding(Text(told), (0, 0, 1, 4)))
 
 
-def _sizes(model: str, targets: str | None) -> dict[str, int]:
-    """Bytes of each adapter at its defaults on a model, in float32, heads apart; no weights are loaded."""
+def _sizes(model: str, targets: str | None) -> dict[str, dict[str, Any]]:
+    """Numbers trained and bytes of the compact file's tensors, in float32, of each adapter at its defaults.
+
+    Heads are left out; no weights are loaded. An adapter that the model's widths do not suit has an error.
+    """
     import torch
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from kilobayes import host, tree
+    from kilobayes import host, parametrise, tree
 
-    out = {}
+    out: dict[str, dict[str, Any]] = {}
     for name in catalog(ADAPTERS):
         config = AutoConfig.from_pretrained(model_folder(model))
         with torch.device("meta"):
@@ -110,12 +114,18 @@ def _sizes(model: str, targets: str | None) -> dict[str, int]:
         chosen: Any = (
             [t.strip() for t in targets.split(",")] if targets and targets != "all-linear" else targets
         )
-        hosted = get_peft_model(
-            base, host.KilobayesConfig(adapter=name, target_modules=chosen, task_type="SEQ_CLS")
-        )
+        wanted = host.KilobayesConfig(adapter=name, target_modules=chosen, task_type="SEQ_CLS")
+        try:
+            hosted = get_peft_model(base, wanted)
+        except ValueError as error:
+            if chosen and "target" in str(error).lower():
+                raise  # the choice of modules, not the adapter
+            out[name] = {"error": str(error)}
+            continue
         heads = {f"{path}/" for path in host.heads(hosted)}
         leaves = {k: v for k, v in host.read(hosted).items() if not any(k.startswith(h) for h in heads)}
-        out[name] = 4 * tree.numbers(leaves)
+        size = parametrise.stored(wanted.method, host.sites(hosted), leaves)
+        out[name] = {"trained": tree.numbers(leaves), "bytes": size}
     return out
 
 

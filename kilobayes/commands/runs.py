@@ -1,4 +1,4 @@
-"""``train``, ``evaluate``, ``compare`` and ``export``."""
+"""``train``, ``evaluate`` and ``compare``."""
 
 from __future__ import annotations
 
@@ -174,26 +174,3 @@ def compare(
     console.say(f"report: {out / 'report.html'}")
     if as_json:
         console.result(done.as_json())
-
-
-def export(folder: Path, to: str, out: Path, member: int, model: str | None) -> None:
-    """Write one member's mean for tools that do not know kilobayes."""
-    from kilobayes import host, tree
-    from kilobayes.host.export import export_lora, export_merged
-    from kilobayes.workflows.finetune import load
-
-    check_writable(out / "adapter_config.json")
-    kinds: dict[str, Any] = {"lora": export_lora, "merged": export_merged}
-    if to not in kinds:
-        raise KilobayesError(f"cannot export to {to!r}", f"known: {', '.join(kinds)}", "as in --to lora")
-    fitted = load(folder, model=model, device="cpu")
-    mean = fitted.posterior.mean(fitted.state)
-    if not 0 <= member < tree.size(mean):
-        raise KilobayesError(
-            f"there is no member {member}", f"the run has {tree.size(mean)}", "as in --member 0"
-        )
-    host.write(fitted.model, tree.member(mean, member))
-    kinds[to](fitted.model, out)
-    if to == "merged":  # transformers would quietly make an empty tokenizer where there is none
-        fitted.task.tokenizer.save_pretrained(out)
-    console.say(f"{to}: {out} (the mean of the weights, which is not the mean of the predictions)")

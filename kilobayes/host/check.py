@@ -32,7 +32,7 @@ class BaseCheck(nn.Module):
     def __init__(self, path: str, constants: Params) -> None:
         super().__init__()
         self.path = path
-        parts = [_digest(value) for _, value in sorted(constants.items()) if not value.is_meta]
+        parts = [digest(value) for _, value in sorted(constants.items()) if not value.is_meta]
         total = torch.stack(parts).sum() if parts else torch.zeros(())
         self.register_buffer("fingerprint", total.float().reshape(1).view(torch.int32))
 
@@ -51,7 +51,7 @@ class BaseCheck(nn.Module):
         super()._load_from_state_dict(ours, prefix, *args, **kwargs)
 
 
-def _digest(value: Tensor) -> Tensor:
+def digest(value: Tensor) -> Tensor:
     """log of the norm, plus the correlation with cos(1), cos(2), ...: another matrix has another."""
     flat = value.detach().cpu().double().flatten()
     norm = flat.norm().clamp(min=1e-30)

@@ -1,0 +1,70 @@
+"""``export``: a run's mean for other tools, or in the smallest file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kilobayes.commands.flags import Json, Model, Run
+from kilobayes.errors import KilobayesError, nearest
+
+KINDS = {
+    "lora": "plain PEFT LoRA of the mean",
+    "merged": "the model with the mean merged",
+    "compact": "the smallest file of the mean, for kilobayes",
+}
+
+
+def export(
+    run: Run,
+    to: Annotated[str, typer.Option(help="; ".join(f"{k}: {v}" for k, v in KINDS.items()) + ".")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    member: Annotated[int, typer.Option(help="Which member of an ensemble.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="Of a compact file: float32, float16, bfloat16 or int8.")
+    ] = "float32",
+    model: Model = None,
+    json_: Json = False,
+) -> None:
+    """Write a run's mean for tools that do not know kilobayes, or as small as it gets."""
+    from kilobayes.commands import console
+    from kilobayes.commands.runs import check_writable
+
+    if to not in KINDS:
+        guess = nearest(to, KINDS)
+        remedy = f"did you mean --to {guess}?" if guess else "as in --to lora"
+        raise KilobayesError(f"cannot export to {to!r}", f"known: {', '.join(KINDS)}", remedy)
+    if dtype != "float32" and to != "compact":
+        raise KilobayesError("--dtype is for compact files", f"found --to {to}", "take --to compact")
+    check_writable(out / "adapter_config.json")
+    from kilobayes import host, tree
+    from kilobayes.host.compact import DTYPES, export_compact
+    from kilobayes.workflows.finetune import load
+
+    if dtype not in DTYPES:
+        raise KilobayesError(f"--dtype {dtype} is not known", f"known: {', '.join(DTYPES)}")
+    fitted = load(run, model=model, device="cpu")
+    mean = fitted.posterior.mean(fitted.state)
+    if not 0 <= member < tree.size(mean):
+        raise KilobayesError(
+            f"there is no member {member}", f"the run has {tree.size(mean)}", "as in --member 0"
+        )
+    host.write(fitted.model, tree.member(mean, member))
+    facts: dict[str, Any] = {}
+    if to == "compact":
+        facts = export_compact(fitted.model, out, dtype=dtype)
+        console.say(
+            f"{facts['file']:,} bytes: adapter {facts['adapter']:,}, head {facts['head']:,}, check values "
+            f"{facts['check']:,}, names the rest; as {dtype} the updates are off by {facts['error']:.2g}"
+        )
+    elif to == "lora":
+        host.export_lora(fitted.model, out)
+    else:
+        host.export_merged(fitted.model, out)
+        # transformers would quietly make an empty tokenizer where there is none
+        fitted.task.tokenizer.save_pretrained(out)  # type: ignore[attr-defined]
+    console.say(f"{to}: {out} (the mean of the weights, which is not the mean of the predictions)")
+    if json_:
+        console.result({"run": str(run), "to": to, "out": str(out)} | facts)
