@@ -2,10 +2,12 @@
 
 from kilobayes.adapters.hydralora import HydraLoRA
 from kilobayes.adapters.lora import LoRA
+from kilobayes.adapters.loraxs import LoRAXS
 from kilobayes.adapters.mora import MoRA
 from kilobayes.adapters.nola import NOLA
+from kilobayes.adapters.olora import OLoRA
 from kilobayes.adapters.roselora import RoseLoRA
 from kilobayes.adapters.vblora import VBLoRA
 from kilobayes.adapters.vera import VeRA
 
-__all__ = ["NOLA", "HydraLoRA", "LoRA", "MoRA", "RoseLoRA", "VBLoRA", "VeRA"]
+__all__ = ["NOLA", "HydraLoRA", "LoRA", "LoRAXS", "MoRA", "OLoRA", "RoseLoRA", "VBLoRA", "VeRA"]
