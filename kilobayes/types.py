@@ -36,7 +36,10 @@ class Site:
 
 @runtime_checkable
 class Operator(Protocol):
-    """A stack of S maps, ``(S, N, d_in) -> (S, N, d_out)``, held in a dataclass whose fields are tensors."""
+    """A stack of S maps, ``(S, N, d_in) -> (S, N, d_out)``, held in a dataclass whose fields are tensors.
+
+    One that is not linear says why in a class attribute ``nonlinear``, and is never merged.
+    """
 
     def __call__(self, x: Tensor) -> Tensor: ...
 

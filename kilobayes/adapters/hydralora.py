@@ -50,9 +50,8 @@ class Routed:
         heads: N.
     """
 
-    nonlinear: ClassVar[str] = (
-        "the router weighs its heads anew for each token; hydralora.with_mean_gate gives a LoRA"
-    )
+    nonlinear: ClassVar[str] = "its router weighs the heads anew for each token"
+    instead: ClassVar[str] = "serve it unmerged, or make a LoRA of it by adapters.hydralora.with_mean_gate"
 
     down: Tensor
     up: Tensor

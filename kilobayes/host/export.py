@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kilobayes.errors import KilobayesError
 from kilobayes.host.config import KilobayesConfig
 from kilobayes.host.layer import KilobayesLayer, require_single
+from kilobayes.host.linear import require_linear
 from kilobayes.host.rows import members
 from kilobayes.host.stack import active, base_of, layers
 from kilobayes.types import LowRank
@@ -38,7 +39,8 @@ def export_lora(model: nn.Module, directory: str | Path, name: str | None = None
         name: the adapter, by default the active one.
 
     Raises:
-        KilobayesError: the adapter is a stack of more than one, or an operator of it is not of low rank.
+        KilobayesError: the adapter is a stack of more than one, or an operator of it is not linear or not of
+            low rank.
     """
     name = active(model, name)
     hosted = layers(model, name)
@@ -79,6 +81,7 @@ _SHARED = (
 def _factors(layer: KilobayesLayer, name: str) -> LowRank:
     operator = layer.operator(name)
     require_single(name, members(operator))
+    require_linear(name, layer.path, operator)
     if not isinstance(operator, LowRank):
         raise KilobayesError(
             f"{layer.methods[name]!r} is not of low rank, so it is no LoRA",
@@ -118,10 +121,12 @@ def export_merged(model: Any, directory: str | Path, name: str | None = None) ->
     again.
 
     Raises:
-        KilobayesError: the adapter is a stack of more than one.
+        KilobayesError: the adapter is a stack of more than one, or not linear.
     """
     name = active(model, name)
     require_single(name, model.peft_config[name].stack)
+    for layer in layers(model, name).values():
+        require_linear(name, layer.path, layer.operator(name))
     copied = copy.deepcopy(model)
     copied.set_adapter(name)
     merged: Any = copied.merge_and_unload(safe_merge=True)

@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from kilobayes import host, spec, tree
 from kilobayes.catalog import catalog
+from kilobayes.errors import KilobayesError
 from kilobayes.random import Streams, generator
 from kilobayes.testing.tiny import (
     TinyRows,
@@ -103,9 +104,15 @@ def _check_forward(adapter: Adapter, model: PeftModel, rows: TinyRows, theta: Pa
 
 
 def check_merge(model: PeftModel, theta: Params, rows: TinyRows) -> None:
-    """Merged into the base's weights, one member gives the scores that it gives beside them."""
+    """Merged into the base's weights, one member gives the scores that it gives beside them.
+
+    An adapter whose operators say that they are not linear must refuse instead, whatever its weights are.
+    """
     beside = scores(model, theta, rows)
     host.write(model, theta)
+    if any(getattr(operator, "nonlinear", "") for operator in host.build(model, theta).values()):
+        expect(_refuses_to_merge(model), "it was merged, though it says that it is not linear")
+        return
     inputs, _ = rows.batch(torch.arange(len(rows)))
     model.merge_adapter()  # type: ignore[operator]
     try:
@@ -115,6 +122,14 @@ def check_merge(model: PeftModel, theta: Params, rows: TinyRows) -> None:
     expect(
         close(merged[None], beside, 1e-4), "merged weights give other scores than the adapter beside the base"
     )
+
+
+def _refuses_to_merge(model: PeftModel) -> bool:
+    try:
+        model.merge_adapter()  # type: ignore[operator]
+    except KilobayesError:
+        return True
+    return False
 
 
 def check_reload(model: PeftModel, theta: Params) -> None:
