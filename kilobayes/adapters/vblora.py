@@ -143,7 +143,7 @@ class VBLoRA:
         for key in self._shapes(sites, self.length(sites)):
             chosen = _chosen(theta[key], self.k)
             value = theta[key].detach().gather(-1, chosen).float()
-            order = value.argsort(-1, descending=True, stable=True)
+            order = value.argsort(stable=True, dim=-1, descending=True)
             indices.append(chosen.gather(-1, order).flatten(1, -2))
             values.append(value.gather(-1, order).flatten(1, -2))
         value = torch.cat(values, dim=1)
@@ -189,7 +189,8 @@ def _mixed(bank: Tensor, logits: Tensor, k: int) -> Tensor:
     """Pieces ``(S, ..., b)`` of a bank ``(S, h, b)`` by logits ``(S, ..., h)``; reads k vectors for each."""
     stack, h, _ = bank.shape
     chosen = _chosen(logits, k)
-    weights = logits.gather(-1, chosen).float().softmax(-1).to(bank.dtype)
+    wide = torch.promote_types(logits.dtype, torch.float32)  # as in a packed file, whatever the leaves are
+    weights = logits.gather(-1, chosen).softmax(-1, dtype=wide).to(bank.dtype)
     member = torch.arange(stack, device=bank.device).view(-1, *[1] * (logits.dim() - 1))
     # embedding's gradient adds up the same way every time, on GPUs too, where that of index_select does not
     vectors = F.embedding(chosen + h * member, bank.flatten(0, 1))
