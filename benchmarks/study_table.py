@@ -128,7 +128,7 @@ def table(name: str, found: dict[str, Any]) -> list[str]:
         f"![NLL of every arm on {name}](posteriors-{name}.svg)",
         "",
     ]
-    for variant in VARIANTS:
+    for variant in (v for v in VARIANTS if any(key.endswith(f" | {v}") for key in rows)):
         heads = {"plain": "As it is", "temperature": "With a temperature"}
         out += [f"### {name}: {heads.get(variant, 'With one scale and a temperature')}", ""]
         out += [
