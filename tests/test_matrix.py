@@ -11,6 +11,12 @@ from kilobayes.testing import check_adapter, check_pair, check_posterior
 # settings away from the defaults, by name; methods that are not named here run with their defaults alone
 OTHER = {
     "LoRA": ["LoRA(r=3, alpha=5.0, rslora=True, dropout=0.2)"],
+    "NOLA": [
+        'NOLA(r=3, k=20, alpha=5.0, basis="shape", seed=4)',
+        "NOLA(r=2, k=9, held=0)",
+        'NOLA(r=2, k=9, basis="shape", held=0)',
+    ],
+    "VeRA": ["VeRA(r=9, d_initial=-0.3, projection=5)"],
     "ASWA": ['ASWA(start=0.3, score="accuracy", rate_held=0.7, anneal=0.2)'],
     "BLoB": [
         'BLoB(noise="flipout", over="*", prior=0.5, epsilon=0.2, kl=0.9, cost=0.02, cycle=5, speed=2.0)',
