@@ -98,8 +98,9 @@ class RoseLoRA:
         first, last = self.start * steps, self.end * steps
         if step >= last - 1e-9:
             return self.keep
-        left = min(1.0, 1.0 - (step - first) / (last - first))
-        return self.keep + (1.0 - self.keep) * left**3
+        if step <= first:
+            return 1.0
+        return self.keep + (1.0 - self.keep) * (1.0 - (step - first) / (last - first)) ** 3
 
     def project(self, theta: Params, gradients: Params, memo: Params, progress: Progress) -> Params:
         """Smooth the sensitivities, held in ``memo`` as ``(S, r, width)``, and prune each row and column."""
