@@ -17,6 +17,12 @@ OTHER = {
         'NOLA(r=2, k=9, basis="shape", held=0)',
     ],
     "VeRA": ["VeRA(r=9, d_initial=-0.3, projection=5)"],
+    "MoRA": ["MoRA(r=3, kind='share')", "MoRA(r=40)"],
+    "HydraLoRA": [
+        "HydraLoRA(r=3, heads=2, alpha=5.0, router='rank', dropout=0.2)",
+        "HydraLoRA(r=2, heads=1)",
+    ],
+    "RoseLoRA": ["RoseLoRA(r=3, alpha=5.0, keep=0.2, start=0.0, end=0.5, beta=0.5, clamp=0.5, dropout=0.2)"],
     "ASWA": ['ASWA(start=0.3, score="accuracy", rate_held=0.7, anneal=0.2)'],
     "BLoB": [
         'BLoB(noise="flipout", over="*", prior=0.5, epsilon=0.2, kl=0.9, cost=0.02, cycle=5, speed=2.0)',
@@ -25,6 +31,8 @@ OTHER = {
     "MCDropout": [
         'MCDropout(p=0.3, over="*", prior_precision=2.0)',
         'MCDropout(p=0.2, noise="step")',
+        'MCDropout(p=0.3, noise="token", prior_precision=2.0)',
+        'Temperature(Ensemble(Scale(MCDropout(over="*", noise="token")), members=2), samples=4)',
         "MCDropout(p=0.0)",
     ],
     "Point": ["Point(prior_precision=3.0)"],
