@@ -66,18 +66,33 @@ def base(kind: str, dtype: str = "float32") -> Any:
     return model
 
 
-def hosted(kind: str, targets: str = "q,v", dtype: str = "float32", stack: int = 1, **options: Any) -> Any:
-    """A kilobayes model, LoRA r=8; with ``init_weights=False`` its update is not zero."""
+def hosted(
+    kind: str,
+    targets: str = "q,v",
+    dtype: str = "float32",
+    stack: int = 1,
+    adapter: Any = None,
+    **options: Any,
+) -> Any:
+    """A kilobayes model, LoRA r=8 or another; with ``init_weights=False`` its update is not zero."""
     config = host.KilobayesConfig(
-        adapter=LoRA(r=8), target_modules=TARGETS[kind][targets], task_type=TASK[kind], stack=stack, **options
+        adapter=adapter or LoRA(r=8),
+        target_modules=TARGETS[kind][targets],
+        task_type=TASK[kind],
+        stack=stack,
+        **options,
     )
     return get_peft_model(base(kind, dtype), config).eval()
 
 
-def peer(kind: str, targets: str = "q,v", dtype: str = "float32", **options: Any) -> Any:
-    """PEFT's LoRA on the same layers, in evaluation mode: kilobayes runs the base without dropout too."""
-    layers = TARGETS[kind][targets]
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=layers, task_type=TASK[kind], **options)
+def peer(kind: str, targets: str = "q,v", dtype: str = "float32", method: Any = None, **options: Any) -> Any:
+    """PEFT's LoRA on the same layers, in evaluation mode: kilobayes runs the base without dropout too.
+
+    Args:
+        method: class of another configuration of PEFT's, with its ``options``.
+    """
+    known = options if method else {"r": 8, "lora_alpha": 16} | options
+    config = (method or LoraConfig)(target_modules=TARGETS[kind][targets], task_type=TASK[kind], **known)
     return get_peft_model(base(kind, dtype), config).eval()
 
 

@@ -54,6 +54,14 @@ def test_training_steps(run):
     assert found["swag"]["snapshots_in_1000_steps"] == 19  # the twentieth is taken at the last step
 
 
+def test_adapters(run):
+    found = run("adapters", "--only", "encoder q,v")["encoder q,v"]["variants"]
+    assert {"PEFT LoRA", "PEFT OLoRA", "PEFT VeRA", "PEFT VB-LoRA"} < set(found)
+    for method in ("LoRA", "OLoRA", "VeRA", "VB-LoRA"):
+        assert found[method]["trained"] == found[f"PEFT {method}"]["trained"]
+    assert found["VB-LoRA"]["stored_bytes"] == 4 * 90 * 128 + 12 * 4 * (384 + 384) // 128 * (4 + 2)
+
+
 def test_predictive(run):
     found = run("predictive", "--only", "B=1 S=10")["B=1 S=10"]
     assert (found["rows"], found["samples"]) == (1, 10)
