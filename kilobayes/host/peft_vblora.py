@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
+from peft import VBLoRAConfig
 from torch import Tensor
 
 from kilobayes.adapters.vblora import NEVER, VBLoRA
@@ -17,7 +17,8 @@ BANK = "base_model.vblora_vector_bank"
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
 
 
-def from_peft_vblora(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[VBLoRA, Params]:
+@torch.no_grad()
+def from_peft(tensors: Mapping[str, Tensor], config: VBLoRAConfig) -> tuple[VBLoRA, Params]:
     """The adapter and the leaves ``(1, ...)`` of a PEFT checkpoint of VB-LoRA, trained heads included.
 
     The compact format (``save_only_topk_weights``) holds the first k - 1 of the k weights of each piece, the
@@ -25,26 +26,27 @@ def from_peft_vblora(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     the logarithm of what is left as it is, which may be NaN. Leaves are float32 whatever the file's dtype, so
     that bfloat16 files can be read, which PEFT fails on. Compact leaves choose the same vectors for good.
 
+    Put them on a base with ``get_peft_model(base, KilobayesConfig(adapter=..., target_modules=...,
+    modules_to_save=..., task_type=...))``, the last three as in ``config``, and :func:`kilobayes.host.write`.
+
     Args:
-        config: what ``adapter_config.json`` holds.
-        tensors: what ``adapter_model.safetensors`` holds.
+        tensors: the contents of ``adapter_model.safetensors``.
+        config: of the same folder: ``PeftConfig.from_pretrained(folder)``. Its dropout concerns training
+            alone, and is left out.
 
     Raises:
-        KilobayesError: another method, biases of the base among the trained, or an incomplete file.
+        KilobayesError: biases of the base are among what was trained, or the file is incomplete.
     """
-    kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
-    if kind != "VBLORA":
-        raise KilobayesError("only PEFT's VB-LoRA can be read here", f"peft_type is {kind}")
-    if config.get("bias", "none") != "none":
+    if config.bias != "none":
         raise KilobayesError(
             "biases of the base are no part of our VB-LoRA",
-            f"bias={config['bias']!r}",
-            "train with bias='none'",
+            f"bias={config.bias!r}",
+            "train it with bias='none'",
         )
     if BANK not in tensors:
         raise KilobayesError("the file has no vector bank", f"no tensor is called {BANK}")
     bank = tensors[BANK]
-    adapter = VBLoRA(r=int(config["r"]), h=len(bank), b=bank.shape[1], k=int(config["topk"]))
+    adapter = VBLoRA(r=config.r, h=len(bank), b=bank.shape[1], k=config.topk)
     theta: Params = {"*/bank": bank}
     for name, value in tensors.items():
         path, _, leaf = name.removeprefix(PREFIX).rpartition(".")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, VBLoRAConfig, get_peft_model
+from peft import PeftConfig, PeftModel, VBLoRAConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from kilobayes.adapters import VBLoRA
 from kilobayes.adapters.vblora import NEVER
 from kilobayes.errors import KilobayesError
 from kilobayes.host import KilobayesConfig
-from kilobayes.host.peft_vblora import BANK, from_peft_vblora
+from kilobayes.host.peft_vblora import BANK, from_peft
 
 from .tiny import batch, close, make, scores
 
@@ -42,9 +41,7 @@ def theirs(kind: str, **options: Any) -> Any:
 
 def ours(kind: str, folder: Path) -> tuple[Any, VBLoRA]:
     """The checkpoint on a model of ours, written as it was converted."""
-    adapter, theta = from_peft_vblora(
-        json.loads((folder / "adapter_config.json").read_text()), load_file(folder / FILE)
-    )
+    adapter, theta = from_peft(load_file(folder / FILE), PeftConfig.from_pretrained(str(folder)))
     config = KilobayesConfig(adapter=adapter, target_modules=TARGETS[kind], task_type="SEQ_CLS")
     model = get_peft_model(make(kind), config).eval()
     host.write(model, theta)
@@ -80,29 +77,28 @@ def test_bfloat16_files_are_read_as_the_numbers_they_hold(compact: bool, tmp_pat
     close(found, scores(expected(**batch("bert"))))
 
 
-def handmade(weights: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    config = {"peft_type": "VBLORA", "r": 1, "topk": weights.shape[-1] + 1}
+def handmade(weights: Tensor, **options: Any) -> tuple[dict[str, Tensor], VBLoRAConfig]:
+    config = VBLoRAConfig(r=1, topk=weights.shape[-1] + 1, **options)
     stem = "base_model.model.q.vblora_logits_A"
     indices = torch.arange(weights.shape[-1] + 1, dtype=torch.int16).expand(*weights.shape[:-1], -1)
-    return config, {BANK: torch.eye(6), f"{stem}_topk_indices": indices, f"{stem}_topk_weights": weights}
+    return {BANK: torch.eye(6), f"{stem}_topk_indices": indices, f"{stem}_topk_weights": weights}, config
 
 
 def test_weights_that_round_to_more_than_one_give_no_nan() -> None:
     weights = torch.tensor([[[0.75, 0.2500001], [1.0, 1e-30], [0.5, 0.3]]])
     assert 1 - weights.sum(-1)[0, 0] < 0
-    _, theta = from_peft_vblora(*handmade(weights))
+    _, theta = from_peft(*handmade(weights))
     found = theta["q/logits_A"][0, 0, :, :3].softmax(-1)
     torch.testing.assert_close(found, torch.tensor([[0.75, 0.25, 0.0], [1.0, 0.0, 0.0], [0.5, 0.3, 0.2]]))
     assert (theta["q/logits_A"][..., :3] > NEVER / 2).all()  # still the chosen ones
 
 
 def test_other_files_are_refused() -> None:
-    config, tensors = handmade(torch.tensor([[[0.7]]]))
-    with pytest.raises(KilobayesError, match="peft_type is LORA"):
-        from_peft_vblora(config | {"peft_type": "LORA"}, tensors)
+    weights = torch.tensor([[[0.7]]])
+    tensors, config = handmade(weights)
     with pytest.raises(KilobayesError, match="bias='all'"):
-        from_peft_vblora(config | {"bias": "all"}, tensors)
+        from_peft(*handmade(weights, bias="all"))
     with pytest.raises(KilobayesError, match="no vector bank"):
-        from_peft_vblora(config, {k: v for k, v in tensors.items() if k != BANK})
+        from_peft({k: v for k, v in tensors.items() if k != BANK}, config)
     with pytest.raises(KilobayesError, match="lacks weights"):
-        from_peft_vblora(config, {k: v for k, v in tensors.items() if not k.endswith("weights")})
+        from_peft({k: v for k, v in tensors.items() if not k.endswith("weights")}, config)
