@@ -179,18 +179,16 @@ def mean_gates(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Par
     real: list[Any] = [None]
 
     def look(layer: Any, inputs: tuple[Tensor, ...]) -> None:
-        routed = next(o for o in layer.operators() if isinstance(o, Routed))
-        x = inputs[0].to(routed.down.dtype)
-        gates = routed.gates(x.reshape(len(routed.down), -1, x.shape[-1]))
+        operator = next(o for o in layer.operators() if isinstance(o, Routed))
+        x = inputs[0].to(operator.down.dtype)
+        gates = operator.gates(x.reshape(len(operator.down), -1, x.shape[-1]))
         if real[0] is not None and real[0].shape == x.shape[:-1]:
             gates = gates * real[0].reshape(*gates.shape[:2], 1).to(gates)
         totals[layer.path] = totals.get(layer.path, torch.zeros(())).to(gates) + gates.sum(dim=1)
 
-    hooks = [
-        layer.register_forward_pre_hook(look)
-        for layer in model.modules()
-        if hasattr(layer, "operators") and any(isinstance(o, Routed) for o in layer.operators())
-    ]
+    hosted: list[Any] = [layer for layer in model.modules() if hasattr(layer, "operators")]
+    routed = [layer for layer in hosted if any(isinstance(o, Routed) for o in layer.operators())]
+    hooks = [layer.register_forward_pre_hook(look) for layer in routed]
     try:
         for batch in batches:
             real[0] = batch.get("attention_mask")
