@@ -1,5 +1,6 @@
 """Compact parametrisations of the update, one paper in one file; ``__all__`` is the registry."""
 
+from kilobayes.adapters.blora import BLoRA
 from kilobayes.adapters.hydralora import HydraLoRA
 from kilobayes.adapters.lora import LoRA
 from kilobayes.adapters.loraxs import LoRAXS
@@ -10,4 +11,4 @@ from kilobayes.adapters.roselora import RoseLoRA
 from kilobayes.adapters.vblora import VBLoRA
 from kilobayes.adapters.vera import VeRA
 
-__all__ = ["NOLA", "HydraLoRA", "LoRA", "LoRAXS", "MoRA", "OLoRA", "RoseLoRA", "VBLoRA", "VeRA"]
+__all__ = ["NOLA", "BLoRA", "HydraLoRA", "LoRA", "LoRAXS", "MoRA", "OLoRA", "RoseLoRA", "VBLoRA", "VeRA"]
