@@ -51,9 +51,11 @@ def test_equal_one_process(found: dict[str, Tensor]) -> None:
     names = runpy.run_path(str(PROGRAM))
     alone = names["run"](names["prior"]())
     torch.testing.assert_close(found["losses"], alone.losses, rtol=1e-5, atol=1e-6)
-    for key, value in tree.flatten_state(alone.state).items():
-        error = float((found[f"done|{key}"] - value).abs().max())
-        assert error <= 1e-5 * max(1.0, float(value.abs().max())), key
+    masked = names["run"](names["masked"]())
+    for part, state in (("done", alone.state), ("masked", masked.state)):
+        for key, value in tree.flatten_state(state).items():
+            error = float((found[f"{part}|{key}"] - value).abs().max())
+            assert error <= 1e-5 * max(1.0, float(value.abs().max())), key
 
 
 def test_a_stop_in_one_stops_all_at_the_same_step(found: dict[str, Tensor]) -> None:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from kilobayes import tree
-from kilobayes.posteriors import Ensemble, MCDropout, Point
+from kilobayes import train, tree
+from kilobayes.adapters import LoRA
+from kilobayes.errors import KilobayesError
+from kilobayes.options import Options
+from kilobayes.posteriors import Ensemble, MCDropout, Point, Scale
 from kilobayes.posteriors.dropout import mask_like
+from kilobayes.predict import logits
 from kilobayes.random import Streams, generator
+from kilobayes.tasks.data import load_examples
+from kilobayes.testing.tiny import TinyRows, TinyTask, nll, tiny_model, tiny_start
+from kilobayes.thin import drawn
 from kilobayes.types import Params, Progress
+from kilobayes.workflows import run as work
+from kilobayes.workflows.finetune import load
+
+from .. import small
 
 PROGRESS = Progress(1, 10, 5, 40)
 
@@ -118,7 +130,95 @@ def test_members_of_an_ensemble_share_the_draws() -> None:
     torch.testing.assert_close(draws["s/A"][kept], (2 * theta["s/A"][[0, 0, 0, 1, 1, 1]])[kept])
 
 
-@pytest.mark.parametrize("wrong", [{"p": 1.0}, {"p": -0.1}, {"noise": "token"}, {"prior_precision": -1.0}])
+TOKEN = MCDropout(p=0.3, noise="token", prior_precision=2.0)
+
+
+def test_masks_of_tokens_leave_the_weights_alone() -> None:
+    """A draw is the weights and a seed; the penalty is a point's; a member draws what it would alone."""
+    theta, point = leaves(2), Point(2.0)
+    state = TOKEN.init(theta, generator(1))
+    first, second = (TOKEN.sample(state, 6, generator(seed)) for seed in (1, 2))
+    assert not tree.first_difference(tree.plain(first), point.sample(state, 6, generator(1)))
+    assert not tree.first_difference(TOKEN.mean(state), theta)
+    assert TOKEN.support(state) is None
+    seeds = torch.stack([d["s/~tokens"] for d in (first, second)])
+    assert len(seeds[..., 0].unique()) == 12
+    assert bool((seeds[..., 1] == round(0.7 * 2**16)).all())
+    stream = streams(1, 2)
+    steps = [TOKEN.perturb(state, theta, 7, stream, PROGRESS) for _ in range(2)]
+    assert len(torch.cat([s["s/~tokens"][:, 0] for s in steps]).unique()) == 4
+    assert all(tree.plain(s)[key] is theta[key] for s in steps for key in theta)
+    alone = TOKEN.perturb(state, tree.member(theta, 1), 7, streams(2), PROGRESS)
+    assert torch.equal(alone["s/~tokens"], steps[0]["s/~tokens"][1:])
+    moved = tree.map_params(lambda t: t + 0.1, theta)
+    assert torch.equal(TOKEN.penalty(state, moved, PROGRESS), point.penalty(state, moved, PROGRESS))
+    assert set(MCDropout(noise="token", over="*").sample(state, 1, generator(1))) == {*theta, "s/~tokens"}
+    assert set(MCDropout(p=0.0, noise="token").sample(state, 1, generator(1))) == set(theta)
+
+
+def trained(posterior: Any, **changes: Any) -> Any:
+    model = tiny_model(LoRA(r=2))
+    settings = train.Settings(**{"lr": 0.02, "epochs": 2, "batch_size": 8, "seeds": (4,), **changes})
+    start = tiny_start(model, list(settings.seeds))
+    return train.fit(model, TinyRows.make(20), nll, posterior, start, settings)
+
+
+def test_training_with_masks_of_tokens() -> None:
+    """They are used; micro-batches and the other members of a stack change nothing."""
+    alone = trained(TOKEN).state.theta
+    assert tree.first_difference(alone, trained(Point(2.0)).state.theta)
+    for other in (trained(TOKEN, accumulate=3), trained(Ensemble(TOKEN, members=2), seeds=(4, 9))):
+        for key, value in tree.member(other.state.theta, 0).items():
+            torch.testing.assert_close(value, alone[key], rtol=1e-4, atol=1e-5)
+
+
+def test_predictions_of_masks_of_tokens_repeat_whatever_the_batches() -> None:
+    model, rows = tiny_model(LoRA(r=2)), TinyRows.make(21, seed=3)
+    state = trained(TOKEN).state
+    order = torch.randperm(21, generator=generator(8))
+    task: Any = TinyTask()
+
+    def scores(rows: Any, seed: int, size: int, chunk: int = 1 << 15) -> torch.Tensor:
+        return logits(
+            model,
+            TOKEN.sample(state, 5, generator(seed)),
+            task,
+            rows,
+            batch_size=size,
+            tokens_in_flight=chunk,
+        )
+
+    expected = scores(rows, 1, 32)
+    assert len(expected.flatten(1).unique(dim=0)) == 5
+    assert torch.equal(scores(rows, 1, 32), expected)
+    for size, chunk in ((1, 1 << 15), (4, 1 << 15), (8, 100)):
+        torch.testing.assert_close(scores(rows, 1, size, chunk), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores(rows.take(order), 1, 8), expected[:, order], rtol=1e-4, atol=1e-5)
+    assert bool((scores(rows, 2, 32) - expected).abs().amax(dim=(1, 2)).min() > 1e-3)
+
+
+def test_a_run_with_masks_of_tokens_is_read_back_and_is_not_made_smaller(tmp_path: Path) -> None:
+    options = Options(
+        model=small.base(),
+        out=str(tmp_path / "run"),
+        epochs=1,
+        lr=0.02,
+        adapter="LoRA(r=2)",
+        posterior=repr(TOKEN),
+    )
+    done = work.train(options, source=small.rows(30, 1))
+    again = load(done.folder)
+    texts = load_examples(small.rows(9, 5))
+    ours, theirs = (fitted.predict(texts, samples=4).logits for fitted in (done.fitted, again))
+    assert torch.equal(ours, theirs)
+    with pytest.raises(KilobayesError, match="masks of tokens, not in weights"):
+        drawn(again.posterior, again.state, 2, generator(1))
+    with pytest.raises(ValueError, match="of='scores'"):
+        Scale(TOKEN, of="weights")
+    assert Scale(TOKEN).of_scores(Scale(TOKEN).init(again.posterior.mean(again.state), generator(1)))
+
+
+@pytest.mark.parametrize("wrong", [{"p": 1.0}, {"p": -0.1}, {"noise": "tokens"}, {"prior_precision": -1.0}])
 def test_settings_outside_their_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         MCDropout(**wrong)

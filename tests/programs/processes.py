@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from kilobayes import train, tree
 from kilobayes.adapters import LoRA
 from kilobayes.checkpoint import Checkpoint
-from kilobayes.posteriors import SWA, Ensemble, Point, Temperature
+from kilobayes.posteriors import SWA, Ensemble, MCDropout, Point, Temperature
 from kilobayes.testing.tiny import TinyRows, nll, tiny_model, tiny_start
 
 torch.set_num_threads(1)
@@ -34,6 +34,10 @@ def prior() -> Any:
     return Temperature(Ensemble(Point(prior_precision=5.0), members=2))
 
 
+def masked() -> Any:
+    return Ensemble(MCDropout(p=0.4, noise="token"), members=2)
+
+
 def main(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     done = run(prior(), save=Checkpoint(folder / f"checkpoint-{rank}", {}))
@@ -46,6 +50,7 @@ def main(folder: Path) -> None:
 
     late = run(SWA(start=0.1, snapshots=9), watch=watch, max_seconds=10.0)
     tensors = {f"done|{k}": v for k, v in tree.flatten_state(done.state).items()}
+    tensors |= {f"masked|{k}": v for k, v in tree.flatten_state(run(masked()).state).items()}
     tensors |= {f"late|{k}": v for k, v in tree.flatten_state(late.state).items()}
     tensors |= {
         "losses": done.losses,
