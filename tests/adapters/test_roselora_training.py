@@ -14,7 +14,7 @@ from kilobayes.checkpoint import Checkpoint
 from kilobayes.energy import ModelEnergy
 from kilobayes.posteriors import Point, ask
 from kilobayes.random import generator
-from kilobayes.testing.tiny import TinyRows, TinyTask, nll, tiny_model, tiny_start
+from kilobayes.testing.tiny import TinyRows, TinyTask, nll, tiny_base, tiny_model, tiny_start
 from kilobayes.types import Params
 
 METHOD = RoseLoRA(r=3, alpha=6.0, keep=0.15, start=0.1, end=0.5)
@@ -101,6 +101,23 @@ def test_a_diverged_member_changes_no_other() -> None:
         assert torch.allclose(both.state.theta[key][:1], value, atol=1e-4), key
     counts = {k: v.unique().tolist() for k, v in nonzero(both.state.theta).items()}
     assert counts == {k: [v] for k, v in wanted(model).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merge_leaves_the_rest_of_the_base_as_it_is(dtype: torch.dtype) -> None:
+    base = tiny_base().to(dtype)
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    model = tiny_model(METHOD, base=base)
+    noise = {k: torch.randn(v.shape, generator=generator(1)) for k, v in tree.clone(host.read(model)).items()}
+    host.write(model, METHOD.restrict(noise, noise, None))
+    sites = host.sites(model)
+    model.merge_adapter()
+    after = dict(host.without_adapter(model))
+    for site in sites:
+        old, new = before[f"{site.name}.weight"], after[f"{site.name}.weight"]
+        bits = torch.int32 if dtype == torch.float32 else torch.int16
+        changed = float((old.view(bits) != new.view(bits)).double().mean())
+        assert 0.5 * METHOD.density(site) < changed <= METHOD.density(site)
 
 
 POSTERIORS = [
