@@ -16,6 +16,8 @@ OTHER = {
         "NOLA(r=2, k=9, held=0)",
         'NOLA(r=2, k=9, basis="shape", held=0)',
     ],
+    "LoRAXS": ["LoRAXS(r=3, alpha=5.0)", "LoRAXS(r=40)"],
+    "OLoRA": ["OLoRA(r=3, alpha=5.0)", "OLoRA(r=40)"],
     "VeRA": ["VeRA(r=9, d_initial=-0.3, projection=5)"],
     "MoRA": ["MoRA(r=3, kind='share')", "MoRA(r=40)"],
     "HydraLoRA": [
