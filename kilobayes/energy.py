@@ -15,7 +15,8 @@ from kilobayes.modes import evaluation
 from kilobayes.posteriors import ask
 from kilobayes.predict import TOKENS_IN_FLIGHT, Predictive, logits
 from kilobayes.protocols import Jacobian
-from kilobayes.tasks.classify import Classify, Encoded
+from kilobayes.tasks.classify import Encoded
+from kilobayes.tasks.protocol import Task
 from kilobayes.types import Params, Posterior
 
 NUMBERS_IN_FLIGHT = 1 << 25  # of a batch's derivatives: 128 MB in float32
@@ -30,7 +31,7 @@ class ModelEnergy:
     """
 
     model: nn.Module
-    task: Classify
+    task: Task
     encoded: Encoded
     batch_size: int = 32
     trained: Encoded | None = None
@@ -78,6 +79,7 @@ class ModelEnergy:
             stack.callback(host.install, self.model, None)
             stack.enter_context(host.read_token(self.model))
             stack.enter_context(host.packed(self.model))
+            stack.enter_context(self.task.within(self.model))
             for rows in lengths.argsort(stable=True).split(max(fit, 1)):
                 if len(rows):
                     yield self._derivatives(theta, keys, combine, rows)

@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Base", "fingerprint", "load_base", "resolve"]
+__all__ = ["Base", "fingerprint", "load_base", "load_causal", "resolve"]
 
 HEAD_SEED = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A pretrained model with a classification head, in evaluation mode.
+    """A pretrained model with a classification head, or one that continues text, in evaluation mode.
 
     Attributes:
-        model: a sequence-classification model of transformers.
+        model: a sequence-classification or causal model of transformers.
         tokenizer: its tokenizer, with a pad token.
         name: the name it was asked for by.
         fresh: names of the parameters that the files did not hold and that are therefore random: the head,
@@ -72,29 +72,49 @@ def load_base(name: str, classes: Sequence[str], *, dtype: str = "float32", devi
             f"found: {', '.join(classes) or 'none'}",
             "name them in index order",
         )
+    labels = dict(enumerate(classes))
+    auto = "AutoModelForSequenceClassification"
+    return _load(
+        *(auto, name, dtype, device),
+        num_labels=len(labels),
+        id2label=labels,
+        label2id={label: i for i, label in labels.items()},
+        ignore_mismatched_sizes=True,  # a head for other classes; anything else is refused below
+    )
+
+
+def load_causal(name: str, *, dtype: str = "float32", device: str = "cpu") -> Base:
+    """Loads a model that continues text, as :func:`load_base` loads one that classifies.
+
+    Raises:
+        KilobayesError: as :func:`load_base`; weights that the files do not hold.
+    """
+    base = _load("AutoModelForCausalLM", name, dtype, device)
+    if base.fresh:
+        raise KilobayesError(
+            f"{name} is no language model that continues text",
+            f"its files do not hold {base.fresh[0]}",
+            "take a causal language model, or --task classify",
+        )
+    return base
+
+
+def _load(auto: str, name: str, dtype: str, device: str, **keywords: Any) -> Base:
+    """A model by one of transformers' automatic classes, and its tokenizer."""
     folder = model_folder(name)
     kind, place = _dtype(dtype), _device(device)
     if name == "minilm":
         check_minilm(Path(folder))
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    import transformers
 
-    labels = dict(enumerate(classes))
+    local = {"trust_remote_code": False, "local_files_only": True}
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(HEAD_SEED)
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                num_labels=len(labels),
-                id2label=labels,
-                label2id={label: i for i, label in labels.items()},
-                dtype=kind,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,  # a head for other classes; anything else is refused below
-                output_loading_info=True,
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
+            model, info = getattr(transformers, auto).from_pretrained(
+                folder, dtype=kind, use_safetensors=True, output_loading_info=True, **local, **keywords
             )
     except Exception as error:  # files can be wrong in many ways, each with another library's exception
         raise _explained(name, error) from None
@@ -157,7 +177,7 @@ def _explained(name: str, error: Exception) -> KilobayesError:
         )
     if "architecture" in text or "Unrecognized" in text or "model_type" in text:
         return KilobayesError(
-            f"{name} is of no architecture that can classify text here",
+            f"{name} is of no architecture that can do this task here",
             text,
             "check model_type in its config.json",
         )

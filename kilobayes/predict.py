@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from kilobayes import host, tree
 from kilobayes.modes import evaluation
-from kilobayes.tasks.classify import Classify, Encoded
+from kilobayes.tasks.classify import Encoded
+from kilobayes.tasks.protocol import Task
 from kilobayes.types import Params
 
 TOKENS_IN_FLIGHT = (
@@ -50,7 +51,7 @@ class Predictive:
 class Rows:
     """Encoded rows of a task, as the training loop asks for them."""
 
-    task: Classify
+    task: Task
     encoded: Encoded
 
     def __len__(self) -> int:
@@ -60,7 +61,7 @@ class Rows:
         return self.task.collate(self.encoded, rows), self.task.labels(self.encoded, rows)
 
 
-def class_nll(task: Classify) -> Any:
+def class_nll(task: Task) -> Any:
     """The loop's negative log-likelihood of a classification output: labels ``(S, B)`` to nats ``(S, B)``."""
 
     def nll(output: Any, labels: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def class_nll(task: Classify) -> Any:
 def logits(
     model: nn.Module,
     theta: Params,
-    task: Classify,
+    task: Task,
     encoded: Encoded,
     *,
     batch_size: int = 32,
@@ -96,6 +97,7 @@ def logits(
         stack.callback(host.install, model, None)
         stack.enter_context(host.read_token(model))
         stack.enter_context(host.real_tokens(model))
+        stack.enter_context(task.within(model))
         if pack:
             stack.enter_context(host.packed(model, backward=False))
         batches = [b for b in lengths.argsort(stable=True).split(batch_size) if len(b)]

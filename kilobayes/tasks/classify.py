@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kilobayes.errors import KilobayesError
 from kilobayes.tasks.data import Examples
@@ -169,6 +170,10 @@ class Classify:
         scores = logits if logits.dtype == torch.float64 else logits.float()
         index = labels.expand(logits.shape[:-1]).unsqueeze(-1)
         return -scores.log_softmax(-1).gather(-1, index).squeeze(-1)
+
+    def within(self, model: nn.Module) -> AbstractContextManager[None]:
+        """What the model is put into while it runs this task: nothing."""
+        return nullcontext()
 
     def readout(self, output: Any) -> Tensor:
         """Class scores ``(rows, C)`` in float32 from a sequence-classification output."""

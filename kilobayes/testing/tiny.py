@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,10 @@ class TinyTask:
     def labels(self, rows: TinyRows, which: Tensor) -> Tensor:
         """``(B,)``."""
         return rows.labels[which]
+
+    def within(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Nothing."""
+        return nullcontext()
 
     def readout(self, output: Any) -> Tensor:
         """Class scores ``(S B, C)``."""

@@ -28,6 +28,7 @@ from kilobayes.predict import Predictive, Rows, class_nll
 from kilobayes.random import generator
 from kilobayes.tasks.classify import Classify, Encoded
 from kilobayes.tasks.data import Examples
+from kilobayes.tasks.protocol import Task
 from kilobayes.tree import state_member
 from kilobayes.types import Posterior, Progress
 from kilobayes.workflows import chunks, conformal
@@ -49,7 +50,7 @@ class Fitted:
     """
 
     model: nn.Module
-    task: Classify
+    task: Task
     posterior: Posterior
     state: Any
     card: store.Card
@@ -170,6 +171,7 @@ def fit_examples(
             stack.enter_context(host.packed(model))
             stack.enter_context(host.read_token(model))
             stack.enter_context(host.real_tokens(model))
+            stack.enter_context(task.within(model))
             if options.gradient_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
                 stack.callback(model.gradient_checkpointing_disable)

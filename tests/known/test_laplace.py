@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -64,6 +65,9 @@ class Rows:
 
     def labels(self, data: Rows, rows: Tensor) -> Tensor:
         return data.y[rows]
+
+    def within(self, model: Any) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def readout(self, output: Any) -> Tensor:
         return output.logits
