@@ -53,37 +53,46 @@ class Square:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(S, N, d_in) -> (S, N, d_out)``."""
-        blocks = self._summed(x) if self.cos is None else self._rotated(x)
-        out = torch.bmm(blocks.flatten(1, 2), self.M.mT)
-        return repeated(out.reshape(*x.shape[:2], -1), self.d_out)
+        return repeated(self._summed(x) if self.cos is None else self._rotated(x), self.d_out)
 
     def _summed(self, x: Tensor) -> Tensor:
-        """``(S, N, 1, rhat)``."""
+        """``(S, N, rhat)``."""
         side = self.M.shape[-1]
         whole, rest = divmod(x.shape[-1], side)
-        out = x[..., : whole * side].unflatten(-1, (whole, side)).sum(dim=2)
-        if rest:
-            out = out + torch.cat([x[..., whole * side :], x[..., : side - rest]], dim=-1)
-        return out[:, :, None]
+        if not rest:
+            return torch.bmm(x.unflatten(-1, (whole, side)).sum(dim=2), self.M.mT)
+        # pieces instead of overlapping slices: a slice's gradient would be as large as x
+        begin, first, others, last = x.split([side - rest, rest, (whole - 1) * side, rest], dim=-1)
+        low = others.unflatten(-1, (whole - 1, side)).sum(dim=2)
+        low = low + torch.cat([begin, first], dim=-1) + torch.cat([last, begin], dim=-1)
+        return torch.bmm(low, self.M.mT)
 
     def _rotated(self, x: Tensor) -> Tensor:
-        """``(S, N, blocks, rhat)``, with no more blocks than the output has."""
+        """``(S, N, outputs rhat)``; M is rotated instead of x, being smaller than all rows together."""
         assert self.cos is not None
         assert self.sin is not None
-        side = self.M.shape[-1]
-        count, outputs = self.cos.shape[1], -(-self.d_out // side)
-        first, second = repeated(x, count * side).unflatten(-1, (count, side)).chunk(2, dim=-1)
-        cos, sin = self.cos[:, None], self.sin[:, None]
-        out = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        if count > outputs:
-            out = pad(out, (0, 0, 0, -count % outputs)).unflatten(2, (-1, outputs)).sum(dim=2)
-        return out
+        (stack, rows, _), side, count = x.shape, self.M.shape[-1], self.cos.shape[1]
+        outputs = min(count, -(-self.d_out // side))
+        rounds = -(-count // outputs)
+        first, second = self.M[:, None].chunk(2, dim=-1)
+        cos, sin = self.cos[:, :, None], self.sin[:, :, None]
+        turned = torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
+        turned = pad(turned, (0, 0, 0, 0, 0, rounds * outputs - count))  # (S, rounds outputs, rhat, rhat)
+        maps = turned.unflatten(1, (rounds, outputs)).permute(0, 2, 3, 1, 4)
+        blocks = repeated(x, rounds * outputs * side).unflatten(-1, (rounds, outputs, side))
+        blocks = blocks.permute(0, 3, 1, 2, 4)
+        shape = (stack * outputs, -1, rounds * side)
+        out = torch.bmm(blocks.reshape(shape), maps.reshape(shape).mT)
+        return out.unflatten(0, (stack, outputs)).transpose(1, 2).reshape(stack, rows, -1)
 
 
 def repeated(x: Tensor, width: int) -> Tensor:
     """x, its last axis repeated from the start, or cut, to a width."""
     times, rest = divmod(width, x.shape[-1])
-    return x if times == 1 and not rest else torch.cat([x] * times + [x[..., :rest]], dim=-1)
+    if not rest:
+        return x if times == 1 else torch.cat([x] * times, dim=-1)
+    begin, end = x.split([rest, x.shape[-1] - rest], dim=-1)
+    return torch.cat([begin, end] * times + [begin], dim=-1) if times else begin
 
 
 @dataclass(frozen=True)
