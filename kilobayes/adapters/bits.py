@@ -125,7 +125,7 @@ def values(code: Tensor, clip: Tensor, width: int) -> Tensor:
 def to_bytes(code: Tensor, width: int) -> Tensor:
     """Integers of ``width`` bits, or float32 numbers for 32, as bytes: the first in the lowest bits."""
     if width >= 16:
-        return code.flatten().to(torch.int16 if width == 16 else torch.float32).view(torch.uint8)
+        return code.flatten().to(torch.int16 if width == 16 else torch.float32).contiguous().view(torch.uint8)
     many = 8 // width
     unsigned = code.flatten() + 2 ** (width - 1)
     padded = torch.nn.functional.pad(unsigned, (0, -len(unsigned) % many)).view(-1, many)

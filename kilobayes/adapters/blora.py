@@ -129,6 +129,11 @@ class BLoRA:
         parts = [p * bits.probability(v).cumprod(dim=-1).flatten(1).sum(dim=1) for p, v in of if p]
         return torch.stack(parts).sum(dim=0) if parts else next(iter(theta.values())).new_zeros(size(theta))
 
+    def restrict(self, draws: Params, around: Params, progress: Progress | None) -> Params:
+        """After training, draws of a posterior have the ranks and widths of what they are drawn around."""
+        fixed = {k: v for k, v in around.items() if split_key(k)[1] in ("bits", "rank") and progress is None}
+        return draws | {k: v.detach() + 0.0 * draws[k] for k, v in fixed.items()}  # and no gradient there
+
     def rates(self) -> dict[str, float]:
         return {"bits": self.speed, "rank": self.speed, "clip": 0.2 * self.speed}
 
