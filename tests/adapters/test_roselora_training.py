@@ -12,6 +12,7 @@ from kilobayes import host, spec, train, tree
 from kilobayes.adapters import RoseLoRA
 from kilobayes.checkpoint import Checkpoint
 from kilobayes.energy import ModelEnergy
+from kilobayes.host import compact
 from kilobayes.posteriors import Point, ask
 from kilobayes.random import generator
 from kilobayes.testing.tiny import TinyRows, TinyTask, nll, tiny_base, tiny_model, tiny_start
@@ -118,6 +119,23 @@ def test_a_merge_leaves_the_rest_of_the_base_as_it_is(dtype: torch.dtype) -> Non
         bits = torch.int32 if dtype == torch.float32 else torch.int16
         changed = float((old.view(bits) != new.view(bits)).double().mean())
         assert 0.5 * METHOD.density(site) < changed <= METHOD.density(site)
+
+
+def test_the_compact_file(tmp_path: Path) -> None:
+    model = tiny_model(METHOD)
+    noise = {k: torch.randn(v.shape, generator=generator(1)) for k, v in tree.clone(host.read(model)).items()}
+    theta = METHOD.restrict(noise, noise, None)
+    host.write(model, theta)
+    found = compact.export_compact(model, tmp_path)
+    assert found["adapter"] == METHOD.stored(host.sites(model)) == 6 * 3 * 2 * (3 * (5 + 5) + 2 * (5 + 10))
+    assert found["error"] == 0.0
+    assert not tree.first_difference(
+        tree.clone(host.read(compact.load_compact(tiny_base(), tmp_path))), theta
+    )
+    dense = (tmp_path / "dense").as_posix()
+    host.write(model, noise)
+    assert compact.export_compact(model, dense)["adapter"] > 4 * METHOD.count(host.sites(model))
+    assert not tree.first_difference(tree.clone(host.read(compact.load_compact(tiny_base(), dense))), noise)
 
 
 POSTERIORS = [
