@@ -154,6 +154,10 @@ class NOLA:
         b = mixture("B", site.d_out).unflatten(1, (site.d_out, self.r))
         return LowRank(A=a + constants["start"].to(a), B=self.scale * b)
 
+    def rates(self) -> dict[str, float]:
+        """6e-3 at the default rate of 2e-3; the paper has 1e-3 for Llama-2 to 1e-2 for GPT-2."""
+        return {"mix_A": 3.0, "mix_B": 3.0}
+
     def count(self, sites: list[Site]) -> int:
         """Numbers trained and stored: 2 k for each site."""
         return 2 * self.k * len(sites)

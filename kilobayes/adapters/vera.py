@@ -80,6 +80,10 @@ class VeRA:
         outer = b[:, :, None] * d[:, None, :]
         return LowRank(A=a.expand(len(b), -1, -1), B=outer * constants["B"][: site.d_out].to(b))
 
+    def rates(self) -> dict[str, float]:
+        """0.04 at the default rate of 2e-3, where trained heads take 2e-3; the paper has 0.004 to 0.1."""
+        return {"b": 20.0, "d": 20.0}
+
     def count(self, sites: list[Site]) -> int:
         """Numbers trained and stored: the sum over sites of d_out + r."""
         return sum(site.d_out + self.r for site in sites)

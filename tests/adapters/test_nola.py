@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kilobayes import counter, host, tree
+from kilobayes import counter, host, parametrise, tree
 from kilobayes.adapters import NOLA, nola
 from kilobayes.random import generator
 from kilobayes.testing.tiny import TinyRows, close, perturbed, tiny_base, tiny_model, tiny_start
@@ -258,3 +258,11 @@ def test_counts_are_the_papers(k: int, matrices: int, numbers: int) -> None:
 def test_settings_that_cannot_train_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         NOLA(**options)  # type: ignore[arg-type]
+
+
+def test_coefficients_learn_faster_than_the_head() -> None:
+    method = NOLA()
+    theta = method.init(SITES, {}, 1, generator(1)) | {"classifier/weight": torch.zeros(1, 2, 3)}
+    found = parametrise.rates(method, theta)
+    assert set(found) == set(theta) - {"classifier/weight"}
+    assert set(found.values()) == {3.0}

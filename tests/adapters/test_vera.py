@@ -11,7 +11,7 @@ from peft.tuners.vera.model import _kaiming_init
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kilobayes import host, tree
+from kilobayes import host, parametrise, tree
 from kilobayes.adapters import VeRA
 from kilobayes.adapters.vera import projections
 from kilobayes.random import Streams, generator
@@ -204,3 +204,11 @@ def test_no_generator_decides_the_start() -> None:
     again = method.init(SITES, constants, 2, generator(99))
     assert not tree.first_difference(theta, again)
     assert torch.equal(gen.state(), before)
+
+
+def test_the_vectors_learn_faster_than_the_head() -> None:
+    method = VeRA(r=3)
+    theta = method.init(SITES, {}, 1, generator(1)) | {"classifier/weight": torch.zeros(1, 2, 3)}
+    found = parametrise.rates(method, theta)
+    assert set(found) == set(theta) - {"classifier/weight"}
+    assert set(found.values()) == {20.0}
