@@ -1,0 +1,186 @@
+"""Tables and a chart of :mod:`adapter_study`: ``python benchmarks/adapter_table.py runs/adapters docs/results``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from scipy.stats import t as student
+
+matplotlib.use("Agg")
+matplotlib.rcParams["svg.hashsalt"] = "kilobayes"
+import matplotlib.pyplot as plt  # noqa: E402
+
+SCORES = {"rte": "accuracy", "mrpc": "accuracy", "cola": "Matthews", "sst2": "accuracy", "stsb": "Pearson"}
+
+
+def read(cache: Path) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+    """(layers, data set) to adapter to what was found."""
+    out: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for path in sorted(cache.glob("*/*/*.json")):
+        found = json.loads(path.read_text())
+        out[found["targets"], found["data"]][found["arm"]] = found
+    return dict(out)
+
+
+def chosen(found: dict[str, Any]) -> tuple[float, list[dict[str, Any]]]:
+    """The rate of the lowest mean NLL on validation rows, where no seed diverged, and its runs."""
+    rates = sorted({run["rate"] for run in found["runs"]})
+    each = {rate: [run for run in found["runs"] if run["rate"] == rate] for rate in rates}
+    sound = {rate: runs for rate, runs in each.items() if not any(run["diverged"] for run in runs)}
+    best = min(sound, key=lambda rate: np.mean([run["validation"]["nll"] for run in sound[rate]]))
+    return best, sound[best]
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95% t-interval."""
+    half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return float(np.mean(values)), float(half)
+
+
+def table(data: str, arms: dict[str, dict[str, Any]]) -> list[str]:
+    """One data set and choice of layers."""
+    any_ = next(iter(arms.values()))
+    s = any_["settings"]
+    baseline = chosen(arms["LoRA"])[1] if "LoRA" in arms else None
+    out = [
+        f"{any_['rows']['train']} training, {any_['rows']['validation']} validation and {any_['rows']['test']} "
+        f"{any_['split']} rows, {s['epochs']} epochs of batches of {s['batch_size']}, bfloat16 base.",
+        "",
+        f"| adapter | --lr | {SCORES[data]} | minus LoRA | NLL | trained | bytes | CPU seconds |",
+        "|---" * 8 + "|",
+    ]
+    for found in sorted(arms.values(), key=lambda entry: -entry["stored_bytes"]):
+        rate, runs = chosen(found)
+        mean, half = interval([run["test"]["score"] for run in runs])
+        nll, spread = interval([run["test"]["nll"] for run in runs])
+        gap = "–"
+        if baseline:
+            apart = [a["test"]["score"] - b["test"]["score"] for a, b in zip(runs, baseline, strict=True)]
+            gap = "{:+.3f} ± {:.3f}".format(*interval(apart))
+        out.append(
+            f"| `{found['adapter']}` | {rate:g} | {mean:.3f} ± {half:.3f} | {gap} | {nll:.3f} ± {spread:.3f} | "
+            f"{found['trained']:,} | {found['stored_bytes']:,} | {found['seconds']:.0f} |"
+        )
+    return [*out, ""]
+
+
+def summary(found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """Every adapter over the data sets that all were run on: means of scores, and the epochs' losses."""
+    common = [d for d, arms in found.items() if arms]
+    names = [arm for arm in found[common[0]] if all(arm in found[d] for d in common)]
+    head = " | ".join(f"{d} ({SCORES[d]})" for d in common)
+    out = [f"| adapter | {head} | mean | bytes | of LoRA's |", "|---" * (len(common) + 4) + "|"]
+    size = {arm: found[common[0]][arm]["stored_bytes"] for arm in names}
+    for arm in sorted(names, key=lambda name: -size[name]):
+        means = [float(np.mean([r["test"]["score"] for r in chosen(found[d][arm])[1]])) for d in common]
+        share = f"{size[arm] / size['LoRA']:.1%}" if "LoRA" in size else "–"
+        cells = " | ".join(f"{m:.3f}" for m in means)
+        out.append(f"| {arm} | {cells} | {np.mean(means):.3f} | {size[arm]:,} | {share} |")
+    return [*out, ""]
+
+
+def rates(found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """Mean validation NLL at each rate, relative to the adapter's best: whether one --lr works for all."""
+    arms: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    factors: dict[str, dict[str, float]] = {}
+    for data in found.values():
+        for arm, entry in data.items():
+            factors[arm] = entry["factors"]
+            values = {
+                rate: float(np.mean([r["validation"]["nll"] for r in entry["runs"] if r["rate"] == rate]))
+                for rate in sorted({r["rate"] for r in entry["runs"]})
+            }
+            for rate, value in values.items():
+                arms[arm][rate].append(value - min(values.values()))
+    grid = sorted({rate for values in arms.values() for rate in values})
+    out = [
+        "| adapter | factors | " + " | ".join(f"{r:g}" for r in grid) + " |",
+        "|---" * (len(grid) + 2) + "|",
+    ]
+    for arm, values in arms.items():
+        told = ", ".join(f"{k} {v:g}" for k, v in factors[arm].items()) or "1"
+        out.append(f"| {arm} | {told} | " + " | ".join(f"{np.mean(values[r]):.3f}" for r in grid) + " |")
+    return [*out, ""]
+
+
+def curves(found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """Training loss of the first epochs of OLoRA and LoRA at the same rates."""
+    out = ["| data | --lr | LoRA, epochs 1, 2, 3 | OLoRA, epochs 1, 2, 3 |", "|---|---|---|---|"]
+    for data, arms in found.items():
+        if not {"LoRA", "OLoRA"} <= set(arms):
+            continue
+        for rate in sorted({r["rate"] for r in arms["LoRA"]["runs"]}):
+            cells = []
+            for arm in ("LoRA", "OLoRA"):
+                losses = np.mean([r["train_nll"] for r in arms[arm]["runs"] if r["rate"] == rate], axis=0)
+                cells.append(", ".join(f"{v:.3f}" for v in losses[:3]))
+            out.append(f"| {data} | {rate:g} | {cells[0]} | {cells[1]} |")
+    return [*out, ""]
+
+
+def chart(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
+    """Bytes against score, a panel for each data set."""
+    figure, axes = plt.subplots(1, len(found), figsize=(3.2 * len(found), 3.4), squeeze=False)
+    for axis, (data, arms) in zip(axes[0], found.items(), strict=True):
+        for arm, entry in arms.items():
+            mean, half = interval([run["test"]["score"] for run in chosen(entry)[1]])
+            axis.errorbar(entry["stored_bytes"], mean, yerr=half, fmt="o", markersize=4, capsize=2)
+            axis.annotate(
+                arm, (entry["stored_bytes"], mean), fontsize=6, xytext=(3, 3), textcoords="offset points"
+            )
+        axis.set_xscale("log")
+        axis.set_title(data, fontsize=9)
+        axis.set_xlabel("bytes of the compact file's tensors", fontsize=7)
+        axis.set_ylabel(SCORES[data], fontsize=7)
+        axis.tick_params(labelsize=7)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("cache", type=Path)
+    p.add_argument("out", type=Path)
+    a = p.parse_args()
+    everything = read(a.cache)
+    out = [
+        "# Every adapter on small data, learning rates tuned for every one",
+        "",
+        "MiniLM-L6. Made by `python benchmarks/adapter_study.py --data DIR` and `python "
+        "benchmarks/adapter_table.py CACHE docs/results`; all numbers are in [adapters.json](adapters.json). Each "
+        "adapter takes the `--lr` of its lowest NLL on validation rows, of three, and is scored on test rows there; its "
+        "own factors multiply it leaf by leaf. Mean over seeds with its 95% t-interval; differences are paired by seed. "
+        "Bytes are of the compact file's tensors in float32, heads apart; seconds are of one member, trained in a stack.",
+        "",
+    ]
+    for targets in ("q,v", "all linear"):
+        found = {data: arms for (t, data), arms in everything.items() if t == targets}
+        if not found:
+            continue
+        name = "adapters.svg" if targets == "q,v" else "adapters-all.svg"
+        chart(found, a.out / name)
+        place = "query and value" if targets == "q,v" else "all linear layers of the blocks"
+        out += [f"## On {place}", "", f"![Bytes against score, {place}]({name})", "", *summary(found)]
+        out += [
+            "Validation NLL at each `--lr`, minus the lowest, mean over data sets, in nats:",
+            "",
+            *rates(found),
+        ]
+        if targets == "q,v":
+            out += ["Mean training loss of early epochs, nats:", "", *curves(found)]
+        for data, arms in found.items():
+            out += [f"### {data}, {place}", "", *table(data, arms)]
+    (a.out / "adapters.md").write_text("\n".join(out).rstrip() + "\n", encoding="utf-8")
+    kept = [entry for arms in everything.values() for entry in arms.values()]
+    (a.out / "adapters.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
