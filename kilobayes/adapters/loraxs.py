@@ -12,11 +12,11 @@ model is, as far as the adapter goes, no approximation.
 precision, to a residual of 1e-7 of the largest singular value, by block Krylov iteration (Musco and Musco,
 arXiv:1504.05477) from numbers of a seed of its own, restarted until that is reached, or by the eigenvectors
 of the smaller Gram matrix where that is no dearer. The largest entry of each u_i in absolute value is
-positive. So another machine finds the same vectors from the same weights, up to its rounding over the gap to
-the next singular value, both relative to the largest: 1e-13 for a gap of 0.1%, and 1e-4 if torch's random
-numbers change. Equal singular values (or two largest entries of equal size) leave the vectors open: then R
-belongs to the very arithmetic that computed them. Where they are close, it belongs to weights that have not
-been rounded in between. A checkpoint carries a number by which it is refused on a base where they differ.
+positive. So another machine finds the same vectors from the same weights, up to that residual over the gap
+to the next singular value: 1e-4 where that is 0.1% of the largest. Equal singular values (or two largest
+entries of equal size) leave the vectors open: then R belongs to the very arithmetic that computed them. Where
+they are close, it belongs to weights that have not been rounded in between. A checkpoint carries a number by
+which it is refused on a base where they differ.
 
 A weight of zeros has an update of zero, whatever R is.
 
@@ -24,7 +24,8 @@ Departures: the published code decomposes by scikit-learn, in NumPy, which knows
 quantised weights, leaves the signs to it, stores U and V besides R, and decomposes anew, less exactly, when
 it merges. Here every weight that can be dequantised will do, and the same vectors serve training, merging and
 export. U and V take 4 r (d_in + d_out) bytes of memory at a site, in float32 on any base: products with a
-half-precision base round them once, and files hold none of them.
+half-precision base round them once, and files hold none of them. R learns at ``RATE`` times the learning
+rate, so that one that suits LoRA does here.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from kilobayes.random import generator
 from kilobayes.types import LowRank, Params, Site
 
 START = 1e-5  # standard deviation of R
+RATE = 8.0
 SEED = 240517604
 EXTRA, DEPTH, RESTARTS, TOLERANCE = 8, 8, 12, 1e-7
 
@@ -133,6 +135,10 @@ class LoRAXS:
         r = params["R"]
         u, sv = constants["U"].to(r), constants["SV"].to(r)
         return LowRank(A=sv.expand(len(r), -1, -1), B=self.alpha / self.r * (u @ r))
+
+    def rates(self) -> dict[str, float]:
+        """R's factor of the learning rate."""
+        return {"R": RATE}
 
     def count(self, sites: list[Site]) -> int:
         """Numbers trained and stored: r squared for each site."""

@@ -98,7 +98,7 @@ def test_vectors_do_not_depend_on_rounding_or_layout(shape: tuple[int, int]) -> 
     u, s, v = leading(w, 4)
     noise = 1e-13 * torch.randn(shape, generator=generator(2), dtype=torch.double)
     for mine, other in zip((u, s, v), leading(w + noise, 4), strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(mine, other, atol=1e-7, rtol=1e-7)
     right, same, left = leading(w.mT, 4)
     torch.testing.assert_close(s, same)
     torch.testing.assert_close(u * s @ v.mT, left * same @ right.mT, atol=1e-6, rtol=0.0)
