@@ -137,6 +137,10 @@ class RoseLoRA:
                 kept[key] = draws[key] - draws[key].detach() * _lines(key, zero)
         return kept
 
+    def rates(self) -> dict[str, float]:
+        """A and B at the rate itself, 2e-3 by default (they collapse from 2e-2 on); heads faster, at 1e-2."""
+        return {"head": 5.0}
+
     def density(self, site: Site) -> float:
         """Share of entries of a site's update that may differ from zero, about r rho^2: a bound.
 
