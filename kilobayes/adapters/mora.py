@@ -141,6 +141,10 @@ class MoRA:
         angles = torch.outer(places, BASE ** (-2.0 * halves / side)).expand(stack, -1, -1)
         return Square(matrix, angles.cos(), angles.sin(), site.d_out)
 
+    def rates(self) -> dict[str, float]:
+        """Rotated blocks ask for more than the default rate of 2e-3, at which trained heads learn."""
+        return {"M": 3.0} if self.kind == "rotate" else {}
+
     def count(self, sites: list[Site]) -> int:
         """Numbers trained and stored: the sum over sites of rhat squared."""
         return sum(self.side(site) ** 2 for site in sites)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kilobayes import host, tree
+from kilobayes import host, parametrise, tree
 from kilobayes.adapters import MoRA
 from kilobayes.adapters.mora import Square
 from kilobayes.random import generator
@@ -166,6 +166,12 @@ def test_merged_weights_are_the_base_plus_the_written_out_matrix(kind: str) -> N
     for s in host.sites(model):
         wanted = written_out(theta[f"{s.name}/M"][0].double().numpy(), s.d_in, s.d_out, kind)
         np.testing.assert_allclose((s.weight() - before[s.name]).numpy(), wanted, rtol=0, atol=2e-6)
+
+
+def test_only_rotated_matrices_learn_faster_and_heads_never() -> None:
+    leaves = {"a/M": torch.zeros(1, 2, 2), "head/weight": torch.zeros(1, 2, 2)}
+    assert parametrise.rates(MoRA(), leaves) == {"a/M": 3.0}
+    assert parametrise.rates(MoRA(kind="share"), leaves) == {}
 
 
 def test_what_cannot_be() -> None:
