@@ -15,7 +15,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
-from kilobayes import host, spec, tree
+from kilobayes import host, parametrise, spec, tree
 from kilobayes.card import Card, check_fingerprint, read_card
 from kilobayes.checkpoint import read_tensors, write_atomically
 from kilobayes.errors import KilobayesError
@@ -36,7 +36,7 @@ def save(folder: Path, model: nn.Module, posterior: Posterior, state: Any, card:
     """
     folder.mkdir(parents=True, exist_ok=True)
     mean = posterior.mean(state)
-    host.write(model, mean)
+    host.write(model, parametrise.restrict(host.method(model), mean, mean))
     save_adapter(folder, model)
     tensors = tree.flatten_state(state)
     write_atomically(folder / "posterior.safetensors", tensors)

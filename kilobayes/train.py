@@ -201,7 +201,9 @@ def fit(
                     raise KeyboardInterrupt
                 if late:
                     stopped = "time"
-                    state = posterior.observe(before, theta, replace(progress, steps=done))
+                    progress = replace(progress, steps=done)
+                    parametrise.project(work.method, theta, gradients, memo, progress)
+                    state = posterior.observe(before, theta, progress)
                     break
     finally:
         host.install(model, None)

@@ -39,7 +39,7 @@ def export(
     if dtype != "float32" and to != "compact":
         raise KilobayesError("--dtype is for compact files", f"found --to {to}", "take --to compact")
     check_writable(out / "adapter_config.json")
-    from kilobayes import host, tree
+    from kilobayes import host, parametrise, tree
     from kilobayes.host.compact import DTYPES, export_compact
     from kilobayes.workflows.finetune import load
 
@@ -51,6 +51,7 @@ def export(
         raise KilobayesError(
             f"there is no member {member}", f"the run has {tree.size(mean)}", "as in --member 0"
         )
+    mean = parametrise.restrict(host.method(fitted.model), mean, mean)
     host.write(fitted.model, tree.member(mean, member))
     facts: dict[str, Any] = {}
     if to == "compact":

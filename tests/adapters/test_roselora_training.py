@@ -167,3 +167,14 @@ def test_draws_of_a_posterior_live_on_the_support(text: str) -> None:
     assert all(v == wanted(model)[k] for k, v in most.items() if k.endswith("/B") or "Dropout" not in text)
     if posterior.support(state) is None:
         assert any(bool((drawn[key][0] != drawn[key][1]).any()) for key in most)
+
+
+def test_a_run_stopped_by_the_clock_is_sparse() -> None:
+    """What is left of the schedule is made up for at once."""
+    model, rows = tiny_model(METHOD), TinyRows.make()
+    short = settings(epochs=50, max_seconds=1e-9)
+    done = train.fit(model, rows, nll, spec.posterior("Point()"), tiny_start(model, [3]), short)
+    assert done.stopped == "time"
+    assert len(done.losses) == 1
+    for key, count in nonzero(done.state.theta).items():
+        assert int(count.max()) <= wanted(model)[key]
