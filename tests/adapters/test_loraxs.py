@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kilobayes import host, tree
+from kilobayes import host, parametrise, tree
 from kilobayes.adapters import LoRAXS, loraxs
 from kilobayes.adapters.loraxs import leading
 from kilobayes.errors import KilobayesError
@@ -201,6 +201,12 @@ def test_counts_are_the_papers(r: int, shapes: list[tuple[tuple[int, int], int]]
     constants: Params = method.freeze(sites[:1])  # shapes alone: there are no weights
     assert {v.device.type for v in constants.values()} == {"meta"}
     assert tree.numbers(method.init(sites[:2], constants, 1, generator(0))) == 2 * r * r
+
+
+def test_the_small_matrices_and_heads_have_learning_rates_of_their_own() -> None:
+    theta = tiny_start(tiny_model(LoRAXS(r=2)), [1])
+    factors = parametrise.rates(LoRAXS(r=2), theta)
+    assert factors == {key: 8.0 if key.endswith("/R") else 4.0 for key in theta}
 
 
 def test_settings_are_checked() -> None:
