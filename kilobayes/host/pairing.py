@@ -79,6 +79,8 @@ def shared_prefix(model: nn.Module) -> tuple[nn.Module, list[nn.Module]] | None:
     # DeBERTa may add a convolution of the embeddings to what leaves its first block.
     if getattr(config, "conv_kernel_size", 0):
         return None
+    if path.startswith(f"{inside}decoder."):  # OPT's language model calls its backbone's decoder itself
+        backbone = backbone.decoder
     return backbone, list(holder)[min(indices) :]
 
 
