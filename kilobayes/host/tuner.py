@@ -20,6 +20,7 @@ from kilobayes.host import deberta, targets
 from kilobayes.host.config import NAME, KilobayesConfig
 from kilobayes.host.head import StackedLinear, stack_head
 from kilobayes.host.layer import SHARED, KilobayesLayer, require_single
+from kilobayes.host.linear import require_linear
 from kilobayes.random import generator
 from kilobayes.tree import concatenate, map_params
 from kilobayes.types import Adapter, Params, Site
@@ -160,13 +161,17 @@ class KilobayesModel(BaseTuner):
         deberta.release(model)
         return model
 
-    def _require_single(self, names: list[str] | None) -> None:
+    def _require_mergeable(self, names: list[str] | None) -> None:
         for name in names or self.active_adapters:
             config: Any = self.peft_config[name]
             require_single(name, config.stack)
+            # before a layer is touched: a model that is merged in part is neither
+            hosted = (m for m in self.model.modules() if isinstance(m, KilobayesLayer))
+            for layer in (m for m in hosted if name in m.kilobayes_leaves):
+                require_linear(name, layer.path, layer.operator(name))
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._require_single(adapter_names)
+        self._require_mergeable(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(
@@ -177,7 +182,7 @@ class KilobayesModel(BaseTuner):
         Raises:
             KilobayesError: an adapter is a stack of more than one.
         """
-        self._require_single(adapter_names)
+        self._require_mergeable(adapter_names)
         model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         for path, module in list(model.named_modules()):
             if isinstance(module, StackedLinear):

@@ -144,3 +144,17 @@ def test_shared_leaves_export_and_export_refuses_other_operators(tmp_path):
     close(plain(**inputs).logits, model(**inputs).logits, 1e-6)
     with pytest.raises(KilobayesError, match=r"not of low rank.*Mixed"):
         host.export_lora(toy("linear"), tmp_path / "no")
+
+
+def test_nothing_is_merged_where_a_part_cannot_be(monkeypatch):
+    monkeypatch.undo()  # names of the catalogue
+    model = get_peft_model(
+        make("bert"), config("bert", target_modules=["query"], init_weights=False, task_type=None)
+    )
+    more = config("bert", adapter="HydraLoRA()", target_modules=["key"], task_type=None)
+    model.add_adapter("second", more)
+    model.base_model.set_adapter(["default", "second"])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(KilobayesError, match="'second' is not a linear map"):
+        model.merge_adapter()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -91,7 +91,7 @@ def test_parts_of_two_adapters(tmp_path):
     with pytest.raises(KilobayesError, match=r"parts of two adapters.*r=3.*r=4"):
         load_compact(make("bert"), tmp_path)
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(KilobayesError, match="adapter_config.json is missing"):
+    with pytest.raises(KilobayesError, match=r"adapter_config.json is missing"):
         load_compact(make("bert"), tmp_path)
 
 
