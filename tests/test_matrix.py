@@ -26,6 +26,7 @@ OTHER = {
     ],
     "RoseLoRA": ["RoseLoRA(r=3, alpha=5.0, keep=0.2, start=0.0, end=0.5, beta=0.5, clamp=0.5, dropout=0.2)"],
     "VBLoRA": ["VBLoRA(r=3, h=7, b=16, k=3)"],
+    "BLoRA": ["BLoRA(r=3, alpha=5.0, bits_prior=0.1, rank_prior=0.02, start=1.0, speed=30.0)", "BLoRA(r=1)"],
     "ASWA": ['ASWA(start=0.3, score="accuracy", rate_held=0.7, anneal=0.2)'],
     "BLoB": [
         'BLoB(noise="flipout", over="*", prior=0.5, epsilon=0.2, kl=0.9, cost=0.02, cycle=5, speed=2.0)',

@@ -6,23 +6,23 @@ r"""Bayesian-LoRA (B-LoRA), Meo et al., arXiv:2406.13046: LoRA that learns its r
 A ``(S, r, d_in)`` and B ``(S, d_out, r)`` as in LoRA, each quantised by Q (:mod:`kilobayes.adapters.bits`),
 with a gate for each of 4, 8, 16 and 32 bits of either factor, and one for each rank after the first. While
 training, gates are noisy (hard concrete); for prediction they are open or closed. Both kinds are nested, so
-what is learned is a rank and two widths for each adapted matrix. A gate's prior is Bernoulli, open with
-probability :math:`e^{-\lambda}`, and the loss of a row gains the number of gates that are expected to be
-open, each at the price of its prior:
+what is learned is a rank and two widths for each adapted matrix. The mean loss of a row gains the number of
+gates that are expected to be open, each at its price:
 
 .. math:: \lambda_q \sum_{X \in A, B}\ \sum_{b = 4, \ldots, 32}\ \prod_{b' \le b} P(z_{X, b'} > 0)
           \;+\; \lambda_r \sum_{i = 2}^{r}\ \prod_{j = 2}^{i} P(g_j > 0)
 
-in nats a row. What is stored after training (``pack``) is what the gates decided and nothing else: ranks,
-widths, ranges, and integers of so many bits. It is read back to the same update bit for bit.
+in nats a row, so of N rows a gate is open with the prior probability :math:`e^{-\lambda N}`. What is stored
+after training (``pack``) is what the gates decided and nothing else: ranks, widths, ranges, and integers of
+so many bits. It is read back to the same update bit for bit.
 
-Of the paper are the nested gates on ranks and on widths, the hard concrete with its constants, the
-threshold, the form and the prices of the loss, and the count of bit operations. No code was published with
-it, and only its abstract and summaries of the rest were at hand: what is not named here is our reading of
-it.
+Of the paper, which published no code and was at hand as its abstract and summaries, are the nested gates on
+ranks and on widths, the loss with prices of 1, and the count of bit operations; of Bayesian Bits, on which it
+builds, the grids, the gates' constants and the threshold. That prices are in nats a row, and all that is not
+named here, is our reading.
 
 Departures. The factors are LoRA's, with no diagonal matrix between them, so training starts at the base
-model. Frozen weights and activations stay as they are, where the paper quantises them too, in simulation:
+model. Frozen weights stay as they are, where the paper quantises them in simulation, and so do activations:
 the operations saved are those of the adapter, not of the model. 2 bits are the least, pruning is left to the
 gates on ranks. The range c of a factor is learned as its logarithm, and starts at the bound of A's start,
 for B too.
@@ -77,7 +77,7 @@ class BLoRA:
     bits_prior: float = 1.0
     rank_prior: float = 1.0
     start: float = 3.0
-    speed: float = 100.0
+    speed: float = 40.0
 
     def __post_init__(self) -> None:
         if self.r < 1:
