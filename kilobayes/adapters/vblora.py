@@ -99,8 +99,8 @@ class VBLoRA:
         return frozen
 
     def rates(self) -> dict[str, float]:
-        """4 times the rate of heads, for bank and logits alike."""
-        return {"bank": 4.0, "logits_A": 4.0, "logits_B": 4.0}
+        """8 times the rate of heads, for bank and logits alike."""
+        return {"bank": 8.0, "logits_A": 8.0, "logits_B": 8.0}
 
     def length(self, sites: list[Site]) -> int:
         """b on these sites.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kilobayes import train, tree
+from kilobayes import parametrise, train, tree
 from kilobayes.energy import ModelEnergy
 from kilobayes.optim import AdamW
 from kilobayes.posteriors import ask
@@ -35,8 +35,11 @@ def check_pair(adapter: Adapter, posterior: Posterior, epochs: int = 6, lr: floa
     """
     rows, seeds = TinyRows.make(), list(range(30, 30 + ask.members(posterior)))
     model = tiny_model(adapter)
+    # an adapter's own factors are for rates at which heads learn too: here the fastest leaf takes lr
+    factors = {} if ask.optimises(posterior) else parametrise.rates(adapter, tiny_start(model, [0]))
+    fastest = max([1.0, *factors.values()])
     settings = train.Settings(
-        lr=lr, epochs=epochs, batch_size=8, seeds=tuple(seeds), optimiser=AdamW(clip=1.0)
+        lr=lr / fastest, epochs=epochs, batch_size=8, seeds=tuple(seeds), optimiser=AdamW(clip=1.0)
     )
     held = TinyRows.make(24, seed=1)
     energy: Any = ModelEnergy(model, TinyTask(), held, trained=rows)  # type: ignore[arg-type]
