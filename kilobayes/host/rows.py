@@ -39,7 +39,7 @@ def add(y: Tensor, x: Tensor, operator: Operator) -> Tensor:
     if (
         some.dtype != rows.dtype
     ):  # fp32 factors on a half-precision base: half-precision products, fp32 gradients
-        operator = map_tensors(operator, lambda t: t.to(rows.dtype) if t.is_floating_point() else t)
+        operator = map_tensors(operator, lambda t: _as(t, rows.dtype))
     if (
         isinstance(operator, LowRank)
         and y.dtype == rows.dtype
@@ -49,3 +49,10 @@ def add(y: Tensor, x: Tensor, operator: Operator) -> Tensor:
         out = torch.baddbmm(flat, torch.bmm(rows, operator.A.mT), operator.B.mT)
         return out.reshape(y.shape)
     return y + operator(rows).reshape(y.shape).to(y.dtype)
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor in another precision; one that all members share stays a single copy."""
+    if not t.is_floating_point():
+        return t
+    return t[:1].to(dtype).expand_as(t) if t.stride(0) == 0 else t.to(dtype)

@@ -85,6 +85,10 @@ class KilobayesModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """As PEFT's, then fill the layers: an adapter is initialised for all its sites at once."""
+        merged = next((m for m in model.modules() if isinstance(m, KilobayesLayer) and m.merged), None)
+        if merged is not None:  # what starts from the base's weights would start from the merged ones
+            found = f"{', '.join(merged.merged_adapters)} in {merged.path}"
+            raise KilobayesError("an adapter is merged into the base", found, "model.unmerge_adapter() first")
         before, self.targeted_module_names = self.targeted_module_names, []
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)

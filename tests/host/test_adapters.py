@@ -158,3 +158,11 @@ def test_nothing_is_merged_where_a_part_cannot_be(monkeypatch):
     with pytest.raises(KilobayesError, match="'second' is not a linear map"):
         model.merge_adapter()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_no_adapter_starts_from_a_merged_base(monkeypatch):
+    monkeypatch.undo()
+    model = get_peft_model(make("bert"), config("bert"))
+    model.merge_adapter()
+    with pytest.raises(KilobayesError, match=r"default in .*query.*unmerge_adapter\(\) first"):
+        model.add_adapter("second", config("bert", adapter="OLoRA()"))

@@ -60,3 +60,13 @@ def test_nothing_is_installed_on_merged_weights():
     model.merge_adapter()
     with pytest.raises(KilobayesError, match="unmerge_adapter"):
         host.install(model, host.build(model, host.read(model)))
+
+
+def test_a_factor_that_members_share_is_cast_once():
+    from kilobayes.host.rows import _as
+
+    shared = torch.randn(1, 3, 4).expand(5, 3, 4)
+    narrow = _as(shared, torch.bfloat16)
+    assert narrow.stride(0) == 0
+    assert torch.equal(narrow, shared.to(torch.bfloat16))
+    assert _as(torch.arange(3), torch.bfloat16).dtype == torch.int64
