@@ -15,8 +15,9 @@ from sklearn.utils.validation import check_is_fitted
 from kilobayes import spec, store
 from kilobayes.errors import KilobayesError
 from kilobayes.metrics import conformal
-from kilobayes.options import Options, write_yaml
+from kilobayes.options import Options
 from kilobayes.posteriors import ask
+from kilobayes.run_yaml import write_yaml
 from kilobayes.tasks.data import Examples, load_examples
 from kilobayes.tasks.split import stratified_holdout
 from kilobayes.workflows.conformal import write

@@ -30,7 +30,15 @@ class Options:
         "minilm", "Base model: a folder, a hub id, or minilm, of the extra demo.", "model-name-or-path"
     )
     out: str = _o("", "Folder of the run; default runs/DATA-POSTERIOR-SEED.", "output-dir")
-    task: str = _o("classify", "What to learn: classify.")
+    task: str = _o(
+        "classify", "What to learn: classify, by a head; choice, by a decoder's next token; lm, to write."
+    )
+    template: str | None = _o(
+        None, 'How --task choice puts a row, as "{question}\\n{choices}\\nAnswer:"; found if not given.'
+    )
+    answers: str | None = _o(
+        None, "Of --task choice: a word for each class, as no,yes; or text, to score the options' own texts."
+    )
     ood: str = _o("", "Out-of-distribution data for the report, of the same kinds as --data.")
     calibration: str = _o(
         "0.2", "Share, or number, of training rows held out for calibration; or a file or split; 0 none."
@@ -121,7 +129,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "warmup": (0, 1),
     "seed": (0, 2**63 - 1),
 }
-_CHOICES = {"task": ("classify",), "autocast": ("no", "bf16"), "dtype": ("float32", "bfloat16", "float16")}
+_CHOICES = {
+    "task": ("classify", "choice", "lm"),
+    "autocast": ("no", "bf16"),
+    "dtype": ("float32", "bfloat16", "float16"),
+}
 
 
 def _flag(name: str) -> str:
@@ -181,58 +193,3 @@ def from_mapping(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         if value is not None:  # an empty value in YAML is the default
             out[name] = value
     return out
-
-
-LARGEST_YAML = 1 << 20  # bytes
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The settings of a flat run.yaml.
-
-    Raises:
-        KilobayesError: no such file, no valid YAML, references or tags in it, or not flat keys and values.
-    """
-    import yaml
-
-    remedy = "write lines such as lr: 0.001"
-    try:
-        size = Path(path).stat().st_size
-        if size > LARGEST_YAML:
-            raise KilobayesError(f"{path} holds no settings", f"it has {size:,} bytes", remedy)
-        text = Path(path).read_text(encoding="utf-8")
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            # references to references make gigabytes, brackets in brackets take hours; settings need neither
-            if isinstance(event, yaml.AliasEvent):
-                raise KilobayesError(f"{path} holds references (*name)", "settings are plain values", remedy)
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > 2:
-                raise KilobayesError(f"{path} is not flat", "a list in a list, or keys below a key", remedy)
-        found = yaml.safe_load(text) or {}
-    except FileNotFoundError:
-        raise KilobayesError(
-            f"{path} does not exist", remedy="name a run.yaml, or leave --config out"
-        ) from None
-    except OSError as error:
-        raise KilobayesError(
-            f"{path} cannot be read", error.strerror or str(error), "name a run.yaml"
-        ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no such date
-        lines = str(error).splitlines() or [type(error).__name__]
-        where = next((line.strip() for line in lines if "line " in line), "")
-        raise KilobayesError(
-            f"{path} is not valid YAML", " ".join(dict.fromkeys([lines[0], where])), remedy
-        ) from None
-    if not isinstance(found, Mapping):
-        raise KilobayesError(f"{path} holds no settings", f"a {type(found).__name__}", remedy)
-    return from_mapping(found, str(path))
-
-
-def write_yaml(path: Path, options: Options) -> None:
-    """The resolved settings, one key a line, so that ``--config`` repeats the run."""
-    import yaml
-
-    from kilobayes.files import write_text_atomically
-
-    kept = {k: v for k, v in dataclasses.asdict(options).items() if k != "resume"}
-    write_text_atomically(path, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from kilobayes.errors import KilobayesError
-from kilobayes.options import Options, from_mapping, names, read_yaml, write_yaml
+from kilobayes.options import Options, from_mapping, names
+from kilobayes.run_yaml import read_yaml, write_yaml
 
 
 def test_written_settings_are_read_back(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from kilobayes.options import Options, from_mapping, read_yaml
+from kilobayes.options import Options, from_mapping
+from kilobayes.run_yaml import read_yaml
 from kilobayes.workflows.folder import resumed
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -10,7 +10,8 @@ from kilobayes import store
 from kilobayes.errors import KilobayesError
 from kilobayes.files import write_json, write_text_atomically
 from kilobayes.metrics import Evaluation, Interval
-from kilobayes.options import Options, write_yaml
+from kilobayes.options import Options
+from kilobayes.run_yaml import write_yaml
 from kilobayes.workflows import conformal
 from kilobayes.workflows import evaluate as evaluation
 from kilobayes.workflows.calibrate import Calibrated

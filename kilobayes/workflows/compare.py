@@ -9,7 +9,8 @@ from typing import Any
 
 from kilobayes.errors import KilobayesError
 from kilobayes.metrics import Evaluation, Interval, Spread, over_seeds
-from kilobayes.options import Options, read_yaml
+from kilobayes.options import Options
+from kilobayes.run_yaml import read_yaml
 from kilobayes.workflows import evaluate as work
 from kilobayes.workflows.finetune import load
 from kilobayes.workflows.folder import stored_cost

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kilobayes.errors import KilobayesError
-from kilobayes.options import Options, read_yaml
+from kilobayes.options import Options
+from kilobayes.run_yaml import read_yaml
 from kilobayes.tasks.data import Examples, available_splits, load_examples
 from kilobayes.tasks.split import stratified_holdout
 

@@ -14,10 +14,11 @@ import torch
 from kilobayes import store
 from kilobayes.energy import ModelEnergy
 from kilobayes.metrics import Evaluation, Interval
-from kilobayes.options import Options, write_yaml
+from kilobayes.options import Options
 from kilobayes.posteriors import Temperature
 from kilobayes.posteriors.temperature import TemperatureState
 from kilobayes.random import generator
+from kilobayes.run_yaml import write_yaml
 from kilobayes.tasks.data import Examples
 from kilobayes.tasks.docstrings import DemoCorpus, docstring_corpus
 from kilobayes.workflows import evaluate as work

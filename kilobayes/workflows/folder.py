@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kilobayes.errors import KilobayesError
-from kilobayes.options import Options, read_yaml
+from kilobayes.options import Options
+from kilobayes.run_yaml import read_yaml
 
 CHECKPOINT = Path("checkpoints") / "latest.safetensors"
 

@@ -16,8 +16,9 @@ from kilobayes.errors import KilobayesError
 from kilobayes.files import write_json, write_text_atomically
 from kilobayes.metrics import Evaluation, Interval
 from kilobayes.model_files import model_folder
-from kilobayes.options import Options, write_yaml
+from kilobayes.options import Options
 from kilobayes.posteriors import ask
+from kilobayes.run_yaml import write_yaml
 from kilobayes.workflows import conformal
 from kilobayes.workflows import evaluate as evaluation
 from kilobayes.workflows.data import Splits, load_splits

@@ -14,8 +14,9 @@ import torch
 
 from kilobayes import cli, tree
 from kilobayes.errors import KilobayesError
-from kilobayes.options import Options, write_yaml
+from kilobayes.options import Options
 from kilobayes.predict import logits
+from kilobayes.run_yaml import write_yaml
 from kilobayes.tasks.data import load_examples
 from kilobayes.workflows import run as work
 from kilobayes.workflows.data import load_splits
