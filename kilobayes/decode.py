@@ -95,7 +95,7 @@ def steps(
                 scores = scores[:, kept.to(device)]
             if transform is not None:
                 scores = transform(scores)
-            step = _choose(scores, rows, sampling, _uniform(gen, rows) if sampling.temperature else None)
+            step = choose(scores, rows, sampling, _uniform(gen, rows) if sampling.temperature else None)
             for at, row in enumerate(rows):
                 written[row].append(step.tokens[at])
                 full = lengths[row // completions] + len(written[row]) == longest
@@ -156,7 +156,8 @@ def _turn(part: Members, inputs: dict[str, Tensor]) -> Tensor:
         return part(inputs)
 
 
-def _choose(scores: Tensor, rows: list[int], sampling: Sampling, uniform: Tensor | None) -> Step:
+def choose(scores: Tensor, rows: list[int], sampling: Sampling, uniform: Tensor | None) -> Step:
+    """The next token of each row, of scores ``(S, R, V)``, and what is reported of it."""
     probs, entropy, information = averaged(scores)
     tokens = pick(probs, sampling, probs.new_zeros(len(rows)) if uniform is None else uniform)
     chosen = probs.gather(1, tokens[:, None])[:, 0].log()
