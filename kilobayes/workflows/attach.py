@@ -47,7 +47,7 @@ def attach(base: Base, options: Options) -> PeftModel:
         layers_to_transform=layers,
         modules_to_save=elsewhere or None,
         seed=options.seed,
-        task_type="SEQ_CLS",
+        task_type="SEQ_CLS" if options.task == "classify" else "CAUSAL_LM",
     )
     try:
         return get_peft_model(bare, config)  # type: ignore[return-value]
