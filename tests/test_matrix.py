@@ -43,7 +43,7 @@ OTHER = {
     "SWA": ["SWA(start=0.3, snapshots=4, rate_held=0.7, anneal=0.2)"],
     "SWAG": ["SWAG(rank=0, by_epoch=True)", "SWAG(rank=3, scale=0.5, snapshots=5)", "SWAG(scale=0.0)"],
     "IVON": [
-        "IVON(ess=0, weight_decay=0.5, hessian=0.2, gain=3.0, clip=0.0, beta1=0.8, beta2=0.9)",
+        "IVON(ess=0, weight_decay=3.0, hessian=0.2, gain=6.0, clip=0.0, beta1=0.8, beta2=0.9)",
         "Ensemble(IVON(), members=2)",
     ],
     "MonteCLoRA": [
