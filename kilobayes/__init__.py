@@ -15,6 +15,7 @@ _WHERE = {
     "Ensemble": "kilobayes.posteriors",
     "KilobayesConfig": "kilobayes.host",
     "KilobayesError": "kilobayes.errors",
+    "LanguageModel": "kilobayes.language",
     "LoRA": "kilobayes.adapters",
     "Point": "kilobayes.posteriors",
     "PosteriorCallback": "kilobayes.integrations",

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kilobayes.card import read_card
 from kilobayes.estimator import Classifier
+from kilobayes.language import LanguageModel
 from kilobayes.tasks.data import available_splits, load_examples
 from kilobayes.workflows import calibrate as _calibrate
 from kilobayes.workflows import compare as _compare
@@ -15,12 +17,16 @@ from kilobayes.workflows.calibration_rows import Sources
 from kilobayes.workflows.data import first_test
 
 
-def load(folder: str | Path, *, model: str | None = None, device: str = "auto") -> Classifier:
-    """A fitted classifier from a run's folder: ``kb.load("runs/a").predict_proba(texts)``.
+def load(folder: str | Path, *, model: str | None = None, device: str = "auto") -> Any:
+    """What a run's folder holds: a :class:`~kilobayes.Classifier` or a :class:`~kilobayes.LanguageModel`.
+
+    So ``kb.load("runs/a").predict_proba(texts)``, or ``kb.load("runs/b").generate(prompts)``.
 
     Raises:
         KilobayesError: no run there, damaged files, or another base than it was trained on.
     """
+    if read_card(Path(folder), "").task == "lm":
+        return LanguageModel.load(folder, model=model, device=device)
     return Classifier.load(folder, model=model, device=device)
 
 

@@ -104,8 +104,8 @@ def read_card(folder: Path, task: str = "classify") -> Card:
         other = card.task == "lm"
         raise KilobayesError(
             f"{folder} holds a {'language model' if other else 'classifier'}",
-            f"task {card.task} where {task} was wanted" + ("; texts are not generated yet" if other else ""),
-            "kilobayes.integrations.host_run(folder, model) puts it on its base model" if other else "",
+            f"task {card.task} where {task} was wanted",
+            f"kilobayes {'generate' if other else 'predict'} {folder}",
         )
     return card
 

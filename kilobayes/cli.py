@@ -29,6 +29,7 @@ from kilobayes.commands.flags import (
     Text,
     from_options,
 )
+from kilobayes.commands.generate import generate
 from kilobayes.options import Options
 
 app = typer.Typer(
@@ -159,6 +160,7 @@ def compare(
     command.compare(runs, data, split, ood, columns, limit, samples, out, model, device, as_json=json_)
 
 
+app.command()(generate)
 app.command()(export)
 
 
