@@ -65,7 +65,7 @@ $(VENV)/demo.stamp: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt Makefile
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt Makefile
-	$(PIP_INSTALL) '.[demo,test,conformal,trl,quantised,docs]'
+	$(PIP_INSTALL) '.[demo,test,conformal,trl,quantised,serve,docs]'
 	@touch $@ $(VENV)/demo.stamp $(VENV)/docs.stamp
 
 $(VENV)/docs.stamp: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt Makefile
