@@ -4,10 +4,10 @@
     python benchmarks/adapter_table.py runs/adapters docs/results
 
 One file of the cache for each data set, choice of layers and adapter: all rates and seeds are trained as one
-stack, the rate is chosen by NLL on validation rows held out of training, averaged over seeds, and test rows
-are scored at every rate, so that the table can also say how much the choice matters. May be killed and run
-again. Scores are accuracy, Matthews correlation on cola, Pearson correlation on stsb; stsb's grade, over 5, is
-the probability of the second of two classes, trained by cross-entropy.
+stack, validation rows are held out of training to choose the rate, and test rows are scored at every rate, so
+that the table can also say how much the choice matters. May be killed and run again. Scores are accuracy,
+Matthews correlation on cola, Pearson correlation on stsb; stsb's grade, over 5, is the probability of the
+second of two classes, trained by cross-entropy.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from kilobayes.predict import Rows
 from kilobayes.tasks.classify import Classify, Encoded
 from kilobayes.tasks.data import available_splits, load_examples
 from kilobayes.tasks.split import stratified_holdout
+from kilobayes.types import delta
 from kilobayes.workflows.attach import attach, start
 from kilobayes.workflows.data import first_test
 
@@ -147,7 +148,6 @@ def work(name: str, rows: Set, arm: str, text: str, targets: str, a: argparse.Na
     heads = host.heads(model)
     own = {k: v for k, v in trained.items() if tree.split_key(k)[0] not in heads}
     sites, method = host.sites(model), host.method(model)
-    packed = parametrise.pack(method, tree.member(own, 0), sites)
     found: list[dict[str, Any]] = []
     each = {
         k: ModelEnergy(model, task, rows.parts[k]).logits(trained).float() for k in ("validation", "test")
@@ -163,8 +163,7 @@ def work(name: str, rows: Set, arm: str, text: str, targets: str, a: argparse.Na
                 "score": score(name, scores[index], labels),
             }
         entry["train_nll"] = [float(e[:, index].mean()) for e in epochs]
-        if hasattr(method, "describe"):
-            entry["facts"] = method.describe(tree.member(own, index), sites)
+        entry["facts"] = facts(method, tree.member(own, index), sites)
         found.append(entry)
     return {
         "data": name,
@@ -175,12 +174,27 @@ def work(name: str, rows: Set, arm: str, text: str, targets: str, a: argparse.Na
         "adapter": repr(method),
         "factors": method.rates() if hasattr(method, "rates") else {},
         "trained": tree.numbers(own),
-        "stored_bytes": tree.total_bytes(packed.values()),
-        "formula_bytes": parametrise.stored(method, sites, tree.member(own, 0)),
+        "stored_bytes": parametrise.stored(method, sites, tree.member(own, 0)),
         "seconds": seconds,
         "settings": {"epochs": a.epochs, "batch_size": 16, "max_length": a.max_length},
         "runs": found,
     }
+
+
+def facts(method: Any, theta: Any, sites: list[Any]) -> dict[str, float]:
+    """Of one trained member: bytes of its packed tensors, share of LoRA's bit operations, share of W touched."""
+    out = {"bytes": float(tree.total_bytes(parametrise.pack(method, theta, sites).values()))}
+    if hasattr(method, "operations"):
+        lora = 1024 * sum(method.r * (site.d_in + site.d_out) for site in sites)
+        out["bit_operations"] = float(method.operations(theta, sites)) / lora
+    if hasattr(method, "density"):
+        touched = whole = 0
+        for site in sites:
+            update = delta(method.build(tree.leaves_of(theta, site.name), {}, site), site.d_in)
+            touched, whole = touched + int((update != 0).sum()), whole + update.numel()
+        out["density"] = touched / whole
+        out["bound"] = sum(method.density(s) * s.d_in * s.d_out for s in sites) / whole
+    return out
 
 
 def main() -> None:
