@@ -30,6 +30,7 @@ from kilobayes.commands.flags import (
     from_options,
 )
 from kilobayes.commands.generate import generate
+from kilobayes.commands.serve import serve
 from kilobayes.options import Options
 
 app = typer.Typer(
@@ -180,6 +181,7 @@ def thin(
 
 
 app.command()(calibrate)
+app.command()(serve)
 
 
 @app.command("list")
