@@ -74,6 +74,7 @@ class Options:
     device: str = _o("auto", "cpu, cuda, cuda:0, ... or auto.")
     dtype: str = _o("float32", "Precision of the frozen base: float32, bfloat16 or float16.")
     autocast: str = _o("no", "bf16 runs forwards under autocast; no leaves precision alone.")
+    packing: bool = _o(False, "Of --task lm: put short rows together, none of which sees another.")
     gradient_checkpointing: bool = _o(False, "Recompute blocks in the backward pass to save memory.")
     resume: bool = _o(False, "Go on with the run in --out, from its checkpoint and its settings.")
 

@@ -80,6 +80,18 @@ class Restricts(Protocol):
 
 
 @runtime_checkable
+class SamplesLabels(Protocol):
+    """An energy of too many classes for exact derivatives, as a language model's vocabulary."""
+
+    def sampled(self, theta: Params, keys: Sequence[str], gen: Any) -> Iterator[Jacobian]:
+        """Derivatives g of every row's log-likelihood at labels drawn from the model.
+
+        The sum of g g^T over rows has the generalised Gauss-Newton matrix as its mean.
+        """
+        ...
+
+
+@runtime_checkable
 class Extends(Protocol):
     """A posterior with trainable leaves of its own, such as standard deviations."""
 

@@ -18,22 +18,25 @@ of the isotropic prior around the initial weights theta_0, and is
 Departures: derivatives are those of rows, exact for any adapter and leaf, where KFAC sums over tokens,
 padding included in the published code; the prior is centred where training starts, since LoRA's A starts away
 from zero; scores are drawn per row jointly over its classes, and differences of scores are what is
-differentiated, C - 1 backward passes. Probabilities are averaged, never scores."""
+differentiated, C - 1 backward passes. Probabilities are averaged, never scores. For a language model, whose
+classes are its vocabulary, F is estimated from sampled labels (:mod:`kilobayes.energy_lm`), weights are
+sampled, never linearised, and validation runs sampled weights for each precision."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kilobayes import tree
-from kilobayes.posteriors import ask, linearised
+from kilobayes.posteriors import ask, by_draws, linearised
 from kilobayes.posteriors.curvature import Curvature
 from kilobayes.posteriors.gauss_newton import LARGEST, gauss_newton
-from kilobayes.protocols import Energy
+from kilobayes.protocols import Energy, SamplesLabels
 from kilobayes.tree import clone, map_params, member, size, spread
 from kilobayes.types import Params, Progress
 
@@ -125,9 +128,15 @@ class Laplace:
 
     def _fit(self, state: LaplaceState, energy: Energy, gen: torch.Generator) -> LaplaceState:
         keys = self.keys(state.theta)
-        stream = energy.train.jacobians(state.theta, keys, linearised.hessian_root)
-        found = gauss_newton(self.structure, stream, len(energy.train.labels), self.rank, gen)
-        if self.prior == "validation":
+        if isinstance(train := energy.train, SamplesLabels):
+            stream = train.sampled(state.theta, keys, gen)
+        else:
+            stream = train.jacobians(state.theta, keys, linearised.hessian_root)
+        found = gauss_newton(self.structure, stream, len(train.labels), self.rank, gen)
+        if self.prior == "validation" and isinstance(energy, SamplesLabels):
+            at = partial(self._at, state, found, energy, gen.get_state())
+            precision = by_draws.validated(at, energy.labels, self.tempered)
+        elif self.prior == "validation":
             draws = self._draws(found, state.theta, linearised.GRID, energy, self.samples, gen)
             precision = linearised.validated(draws, energy.labels, self.tempered)
         elif self.prior == "evidence":
@@ -135,8 +144,15 @@ class Laplace:
             precision = linearised.most_evident(found, float(linearised.distance(state.theta, center)))
         else:
             precision = float(self.prior)
-        left, right, values = (map_params(lambda v: v[None].cpu(), p) for p in found.parts())
-        return LaplaceState(state.theta, {}, left, right, values, torch.tensor([precision]))
+        return _fitted(state.theta, found, precision)
+
+    def _at(
+        self, state: LaplaceState, found: Curvature, energy: Energy, noise: Tensor, precision: float
+    ) -> Tensor:
+        """Scores of sampled weights under a precision of the prior, with the same noise for all."""
+        gen = torch.Generator().set_state(noise)
+        fitted = _fitted(state.theta, found, precision)
+        return energy.logits(ask.draws(self, fitted, energy, by_draws.DRAWS, gen))
 
     def _draws(
         self, found: Curvature, theta: Params, grid: Tensor, energy: Energy, n: int, gen: torch.Generator
@@ -174,6 +190,11 @@ class Laplace:
 
     def support(self, state: LaplaceState) -> int | None:
         return None if state.values else size(state.theta)
+
+
+def _fitted(theta: Params, found: Curvature, precision: float) -> LaplaceState:
+    left, right, values = (map_params(lambda v: v[None].cpu(), p) for p in found.parts())
+    return LaplaceState(theta, {}, left, right, values, torch.tensor([precision]))
 
 
 def curvature_of(state: LaplaceState, k: int) -> Curvature:

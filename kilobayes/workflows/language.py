@@ -1,0 +1,226 @@
+"""From texts to a language model with a posterior over its adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kilobayes import host, spec, store, train
+from kilobayes.checkpoint import Checkpoint
+from kilobayes.energy_lm import LanguageEnergy
+from kilobayes.errors import KilobayesError
+from kilobayes.host.vocabulary import HiddenHead, check_output, hidden_states
+from kilobayes.metrics.cost import measure
+from kilobayes.metrics.language import TokenScores
+from kilobayes.models import fingerprint, load_causal
+from kilobayes.options import Options
+from kilobayes.posteriors import ask
+from kilobayes.predict_lm import token_scores
+from kilobayes.random import generator
+from kilobayes.step import Nll
+from kilobayes.tasks.lm import Language, TokenRows
+from kilobayes.tasks.packing import Tokens, collate, pack
+from kilobayes.tasks.text import Documents
+from kilobayes.tree import state_member
+from kilobayes.types import Posterior, Progress
+from kilobayes.workflows import chunks
+from kilobayes.workflows.attach import attach, device_of, member_seeds, start
+from kilobayes.workflows.finetune import settings_of
+
+
+@dataclass(frozen=True, eq=False)
+class FittedLanguage:
+    """A language model with its posterior.
+
+    Attributes:
+        card: what is saved beside the posterior.
+        tokens: rows trained on; None for a loaded run.
+        trained: what the loop returned; None for a loaded run.
+        cost: seconds, bytes; empty for a loaded run.
+    """
+
+    model: nn.Module
+    task: Language
+    posterior: Posterior
+    state: Any
+    card: store.Card
+    tokens: Tokens | None = None
+    trained: train.Trained | None = None
+    cost: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def scores(
+        self, documents: Documents | Tokens, samples: int | None = None, batch_size: int = 32
+    ) -> TokenScores:
+        """What the averaged predictions say of every learned token; draws come from the run's own seed.
+
+        Raises:
+            KilobayesError: fewer than one sample, or nothing to learn in the documents.
+        """
+        if samples is not None and samples < 1:
+            raise KilobayesError("samples must be at least 1", f"found {samples}")
+        tokens = self.task.encode(documents) if isinstance(documents, Documents) else documents
+        count = ask.count(self.posterior, self.state, samples or self.card.samples)
+        energy = LanguageEnergy(self.model, self.task, tokens)
+        draws = ask.draws(self.posterior, self.state, energy, count, generator(self.card.seed, 7))
+
+        def transform(scores: Tensor) -> Tensor:
+            return ask.transform(self.posterior, self.state, scores)
+
+        return token_scores(self.model, draws, self.task, tokens, transform=transform, batch_size=batch_size)
+
+
+def sampling(posterior: Posterior) -> Posterior:
+    """The posterior, with what it would linearise sampled: a vocabulary has too many classes."""
+    made: Any = posterior
+    if hasattr(made, "base"):
+        made = dataclasses.replace(made, base=sampling(made.base))
+    return dataclasses.replace(made, linearised=False) if getattr(made, "linearised", False) else made
+
+
+def row_nll(head: HiddenHead, per_row: float) -> Nll:
+    """The loop's loss: labels ``(S, B T)`` to rows' sums over learned tokens, over ``per_row``: ``(S, B)``.
+
+    Args:
+        per_row: mean number of learned tokens of a training row.
+    """
+
+    def nll(output: Any, labels: Tensor) -> Tensor:
+        return head.row_nll(labels).reshape(len(labels), -1) / per_row
+
+    return nll
+
+
+def fit_documents(
+    options: Options,
+    documents: Documents,
+    calibration: Documents | None,
+    *,
+    checkpoint: Path | None = None,
+    watch: Callable[[Progress, Tensor], None] | None = None,
+) -> FittedLanguage:
+    """Fine-tune on documents and fit the posterior.
+
+    Args:
+        calibration: for posteriors that are fitted after training; never trained on.
+        checkpoint: file to keep the training state in, and to resume from if ``options.resume``.
+
+    Raises:
+        KilobayesError: as everything it calls; a posterior that needs calibration rows and gets none; rows to
+            be packed for a model that cannot keep them apart.
+    """
+    posterior = sampling(spec.posterior(options.posterior))
+    if ask.needs_calibration(posterior) and not calibration:
+        raise KilobayesError(
+            f"{options.posterior} needs rows to calibrate on", "none", "as in --calibration 0.2"
+        )
+    base = load_causal(options.model, dtype=options.dtype, device=device_of(options.device))
+    print_ = fingerprint(base.model)
+    task = Language(base.tokenizer, min(options.max_length, base.longest or options.max_length))
+    tokens = task.encode(documents, packed=options.packing)
+    device = next(base.model.parameters()).device
+    check_output(base.model, torch.tensor([tokens.ids[0]], device=device))
+    if tokens.packed:
+        check_packing(base.model, task)
+    model = attach(base, options)
+    seeds = member_seeds(options.seed, ask.members(posterior))
+    save = None
+    if checkpoint is not None:
+        identity = options.identity() | {"base": print_, "rows": digest(documents)}
+        save = Checkpoint(checkpoint, identity, resume=options.resume)
+    held = task.encode(calibration) if calibration else tokens
+    energy = LanguageEnergy(model, task, held, trained=tokens, per_row=tokens.mean_counted)
+    with measure() as cost:
+        with ExitStack() as stack:
+            stack.enter_context(host.packed(model))
+            stack.enter_context(host.real_tokens(model))
+            head = stack.enter_context(hidden_states(model))
+            if options.gradient_checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+                stack.callback(model.gradient_checkpointing_disable)
+            trained = chunks.fit(
+                model,
+                TokenRows(task, tokens),
+                row_nll(head, tokens.mean_counted),
+                posterior,
+                lambda some: start(model, base, some),
+                settings_of(options, seeds),
+                options.at_once,
+                energy=energy,
+                save=save,
+                watch=watch,
+            )
+        state = trained.state
+        if trained.diverged:  # members that blew up are not pooled with those that learned
+            learned = [m for m in range(len(seeds)) if m not in trained.diverged]
+            state = state_member(state, torch.tensor(learned))
+        state = ask.fit(posterior, state, energy, generator(options.seed, 6))
+    card = store.Card(
+        posterior=repr(posterior),
+        adapter=repr(host.method(model)),
+        base=options.model,
+        fingerprint=print_,
+        classes=[],
+        max_length=task.max_length,
+        samples=options.samples,
+        seed=options.seed,
+        target_modules=[site.name for site in host.sites(model)],
+        dtype=options.dtype,
+        task="lm",
+    )
+    numbers = sum(v[0].numel() for v in host.read(model).values())
+    cost = dict(cost) | {"trained_bytes": 4.0 * numbers * len(seeds)}
+    return FittedLanguage(model, task, posterior, state, card, tokens, trained, cost)
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module, task: Language) -> None:
+    """Refuse to pack rows for a model in which they would see each other.
+
+    Raises:
+        KilobayesError: hidden states of a text differ when another stands before it.
+    """
+    first, second = task.start, task.end[0] if task.end else task.start
+    texts = [[first, second, first, second], [second, first, first]]
+    rows = Tokens(texts, texts, [[0], [0]], [0, 1], [0, 0])
+    device = next(model.parameters()).device
+    outputs = []
+    for tokens in (rows, pack(rows, 8)):
+        inputs, _ = collate(tokens, range(len(tokens)), first)
+        with hidden_states(model) as head:
+            model(**{k: v.to(device) for k, v in inputs.items()})
+            outputs.append(head.take().float())
+    alone = torch.cat([outputs[0][0, :4], outputs[0][1, :3]])
+    if not torch.allclose(alone, outputs[1][0], atol=1e-3 * float(alone.abs().max()), rtol=0):
+        raise KilobayesError(
+            f"{type(model).__name__} lets packed texts see each other", remedy="leave --packing out"
+        )
+
+
+def digest(documents: Documents) -> str:
+    """SHA-256 of the rows: what a checkpoint was trained on."""
+    return hashlib.sha256("\x1e".join(map(repr, documents.rows)).encode()).hexdigest()
+
+
+def load(folder: Path, *, model: str | None = None, device: str = "auto") -> FittedLanguage:
+    """A saved run of a language model.
+
+    Args:
+        model: where the base is now, if not where it was.
+
+    Raises:
+        KilobayesError: no run of a language model, damaged files, or another base than it was trained on.
+    """
+    card = store.read_card(folder, "lm")
+    base = load_causal(model or card.base, dtype=card.dtype, device=device_of(device))
+    store.check_fingerprint(card, fingerprint(base.model))
+    hosted = store.read_adapter(folder, base.model, card)
+    posterior, state = store.read_state(folder, card, host.read(hosted))
+    return FittedLanguage(hosted, Language(base.tokenizer, card.max_length), posterior, state, card)
