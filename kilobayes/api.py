@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kilobayes.card import read_card
+from kilobayes.card import Card, read_card
 from kilobayes.estimator import Classifier
 from kilobayes.language import LanguageModel
-from kilobayes.tasks.data import available_splits, load_examples
+from kilobayes.tasks.data import available_splits
 from kilobayes.workflows import calibrate as _calibrate
 from kilobayes.workflows import compare as _compare
 from kilobayes.workflows.calibration_rows import Sources
-from kilobayes.workflows.data import first_test
+from kilobayes.workflows.data import first_test, reads
 
 
 def load(folder: str | Path, *, model: str | None = None, device: str = "auto") -> Any:
@@ -92,11 +92,12 @@ def compare(
         KilobayesError: no runs, a damaged one, or runs of different classes.
     """
 
-    def rows(classes: list[str]) -> tuple[Any, Any, str]:
+    def rows(card: Card) -> tuple[Any, Any, str]:
+        read = reads(card)
         name = split or first_test(available_splits(test))
         other = None
         if ood is not None:
-            other = load_examples(ood, first_test(available_splits(ood)), need_labels=False, limit=limit)
-        return load_examples(test, name, classes=classes, limit=limit), other, name or ""
+            other = read(ood, first_test(available_splits(ood)), need_labels=False, limit=limit)
+        return read(test, name, classes=card.classes, limit=limit), other, name or ""
 
     return _compare.compare([Path(r) for r in runs], rows, Path(out), str(test), samples)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from kilobayes import __version__
 from kilobayes.errors import KilobayesError
+from kilobayes.tasks.prompt import Prompt
 
 FORMAT = 1
 LABEL_KINDS = ("str", "int", "float", "bool")
@@ -31,7 +32,8 @@ class Card:
         dtype: of the base.
         paired: whether the rows are pairs of texts.
         label_kind: type of the labels that the classes name: str, int, float or bool.
-        task: classify, or lm for a model that continues text, which has no classes.
+        task: classify; choice, of a decoder that answers; or lm, of one that continues text, without classes.
+        template, answers, scoring: of a choice, as :class:`~kilobayes.tasks.prompt.Prompt` has them.
         version, format: of the library and the files.
     """
 
@@ -48,6 +50,9 @@ class Card:
     paired: bool = False
     label_kind: str = "str"
     task: str = "classify"
+    template: str = ""
+    answers: list[str] = field(default_factory=list)
+    scoring: str = ""
     version: str = __version__
     format: int = FORMAT
 
@@ -57,7 +62,7 @@ class Card:
             parts = value if isinstance(value, list) else []
             if type(value) is not (get_origin(kind) or kind) or any(type(part) is not str for part in parts):
                 raise ValueError(f"{name} is {reprlib.repr(value)}")
-        least = {"classify": 2, "lm": 0}.get(self.task)
+        least = {"classify": 2, "choice": 2, "lm": 0}.get(self.task)
         if least is None:
             raise ValueError(f"task is {self.task!r:.20}")
         if len(set(self.classes)) != len(self.classes) or len(self.classes) < least:
@@ -66,13 +71,36 @@ class Card:
             raise ValueError(
                 f"{self.samples} samples, {self.max_length} tokens, labels of {self.label_kind!r:.20}"
             )
+        if self.task == "choice" and len(self.answers) != len(self.classes):
+            raise ValueError(f"answers are {reprlib.repr(self.answers)}")
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """How rows are put to a language model that chooses; None where they are not."""
+        if self.task != "choice":
+            return None
+        return Prompt(self.template, tuple(self.answers), self.scoring)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Options of training that say what is learned."""
+        prompt = self.prompt
+        put = {} if prompt is None else {"template": prompt.template, "answers": prompt.spelled}
+        return {"task": self.task} | put
+
+
+def put(prompt: Prompt | None) -> dict[str, Any]:
+    """A card's fields that say how rows are put to a language model; none where they are not."""
+    if prompt is None:
+        return {}
+    return {"template": prompt.template, "answers": list(prompt.answers), "scoring": prompt.scoring}
 
 
 def read_card(folder: Path, task: str = "classify") -> Card:
     """The card of a run, without loading torch's tensors.
 
     Args:
-        task: what the run must do, "" for anything.
+        task: what the run must do, "" for anything; classify is any choice between classes.
 
     Raises:
         KilobayesError: there is no run, it is damaged or from a newer version, or it does something else.
@@ -100,7 +128,7 @@ def read_card(folder: Path, task: str = "classify") -> Card:
         raise KilobayesError(
             f"{path} is damaged", str(error)[:300], "copy it again from where it was made"
         ) from None
-    if task and card.task != task:
+    if task not in ("", card.task) and (task, card.task) != ("classify", "choice"):
         other = card.task == "lm"
         raise KilobayesError(
             f"{folder} holds a {'language model' if other else 'classifier'}",

@@ -21,6 +21,7 @@ from kilobayes.run_yaml import write_yaml
 from kilobayes.tasks.data import Examples, load_examples
 from kilobayes.tasks.split import stratified_holdout
 from kilobayes.workflows.conformal import write
+from kilobayes.workflows.data import reads
 from kilobayes.workflows.finetune import Fitted, fit_examples, load
 
 
@@ -139,18 +140,9 @@ class Classifier(ClassifierMixin, BaseEstimator):
 
     def _options(self, posterior: Any) -> Options:
         names = (
-            "model",
-            "samples",
-            "lr",
-            "epochs",
-            "batch_size",
-            "at_once",
-            "max_length",
-            "target_modules",
-            "device",
-            "dtype",
-            "seed",
-        )
+            "model", "samples", "lr", "epochs", "batch_size", "at_once", "max_length", "target_modules",
+            "device", "dtype", "seed",
+        )  # fmt: skip
         own = {name: getattr(self, name) for name in names}
         adapter = spec.adapter(self.adapter)
         return Options(
@@ -164,7 +156,9 @@ class Classifier(ClassifierMixin, BaseEstimator):
     def predictive(self, X: Any, samples: int | None = None) -> Prediction:
         """Labels with their probabilities and two kinds of uncertainty, row by row."""
         check_is_fitted(self)
-        out = self.fitted_.predict(load_examples(_texts(X), need_labels=False), samples)
+        card = self.fitted_.card
+        rows = X if card.task == "choice" else _texts(X)  # a template names columns
+        out = self.fitted_.predict(reads(card)(rows, need_labels=False), samples)
         probs = out.probs.numpy()
         return Prediction(
             labels=self.classes_[probs.argmax(axis=1)],
@@ -200,7 +194,8 @@ class Classifier(ClassifierMixin, BaseEstimator):
         """Write a run that :func:`kilobayes.load` and the command line read; returns bytes by part."""
         check_is_fitted(self)
         fitted: Fitted = self.fitted_
-        write_yaml(Path(folder) / "run.yaml", self._options(fitted.posterior))
+        learned: dict[str, Any] = fitted.card.settings
+        write_yaml(Path(folder) / "run.yaml", replace(self._options(fitted.posterior), **learned))
         write(Path(folder), fitted.calibration)
         return store.save(Path(folder), fitted.model, fitted.posterior, fitted.state, fitted.card)
 

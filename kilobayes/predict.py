@@ -72,6 +72,20 @@ def class_nll(task: Task) -> Any:
 
 
 @torch.inference_mode()
+def bare(model: nn.Module, task: Task, encoded: Encoded, batch_size: int = 32) -> Predictive:
+    """What a model without an adapter says of some rows: one sample. ``model`` is transformers' own."""
+    device = next(model.parameters()).device
+    with torch.inference_mode(False):
+        out = torch.empty(1, len(encoded), len(task.classes))
+    with evaluation(model), task.within(model):
+        for rows in torch.tensor([len(row) for row in encoded.ids]).argsort(stable=True).split(batch_size):
+            if len(rows):
+                inputs = {k: v.to(device) for k, v in task.collate(encoded, rows).items()}
+                out[0, rows] = task.readout(model(**inputs)).float().cpu()
+    return Predictive(out)
+
+
+@torch.inference_mode()
 def logits(
     model: nn.Module,
     theta: Params,

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from kilobayes import host, parametrise, spec, tree
-from kilobayes.card import Card, check_fingerprint, read_card
+from kilobayes.card import Card, check_fingerprint, put, read_card
 from kilobayes.checkpoint import read_tensors, write_atomically
 from kilobayes.errors import KilobayesError
 from kilobayes.files import write_json
@@ -25,7 +25,9 @@ from kilobayes.posteriors import ask
 from kilobayes.random import generator
 from kilobayes.types import Params, Posterior
 
-__all__ = ["Card", "check_fingerprint", "read_adapter", "read_card", "read_state", "save", "save_adapter"]
+__all__ = [
+    "Card", "check_fingerprint", "put", "read_adapter", "read_card", "read_state", "save", "save_adapter",
+]  # fmt: skip
 
 
 def save(folder: Path, model: nn.Module, posterior: Posterior, state: Any, card: Card) -> dict[str, int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kilobayes.card import Card
 from kilobayes.commands import console
 from kilobayes.errors import KilobayesError
 from kilobayes.metrics import conformal
@@ -55,15 +56,15 @@ class Doubt:
                 "leave it out, or name rows with --held-out FILE",
             )  # fmt: skip
 
-    def rows(self, folder: Path, classes: list[str]) -> Any:
+    def rows(self, folder: Path, card: Card) -> Any:
         """The labelled rows to calibrate on, if they are not the run's own."""
         from kilobayes.tasks.data import available_splits
-        from kilobayes.workflows.data import first_test, load_as_trained
+        from kilobayes.workflows.data import first_test, load_as_trained, reads
 
         if self.held_out is None:
             return None
         split = first_test(available_splits(self.held_out))
-        return load_as_trained(folder, self.held_out, split, classes=classes)
+        return load_as_trained(folder, self.held_out, split, read=reads(card), classes=card.classes)
 
     def known(self, fitted: Any, rows: Any, samples: int | None) -> Any:
         """The run's calibration, on ``rows`` if there are any."""

@@ -29,7 +29,7 @@ def predict(
 ) -> None:
     """Predictions of every row, in order; the data are read before the model is loaded."""
     from kilobayes import store
-    from kilobayes.workflows.data import load_as_trained
+    from kilobayes.workflows.data import load_as_trained, reads
     from kilobayes.workflows.evaluate import prediction_rows
     from kilobayes.workflows.finetune import load
     from kilobayes.workflows.run import cut
@@ -39,8 +39,8 @@ def predict(
         check_writable(Path(output))
     rows: Any = _standard_input() if source == "-" else source
     doubt.check(folder, samples, card.samples)
-    examples = load_as_trained(folder, rows, need_labels=False, **columns)
-    held = doubt.rows(folder, card.classes)
+    examples = load_as_trained(folder, rows, read=reads(card), need_labels=False, **columns)
+    held = doubt.rows(folder, card)
     fitted = load(folder, model=model, device=device)
     encoded = fitted.encode(examples)
     for line in cut(encoded.truncated, len(encoded), fitted, "input"):

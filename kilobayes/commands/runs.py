@@ -94,8 +94,8 @@ def evaluate(
     card = store.read_card(folder)
     doubt.check(folder, samples, card.samples)
     # the data first: loading a model takes longer
-    examples, other, name = _rows(folder, data, split, ood, card.classes, columns, limit)
-    held = doubt.rows(folder, card.classes)
+    examples, other, name = _rows(folder, card, data, split, ood, columns, limit)
+    held = doubt.rows(folder, card)
     fitted = load(folder, model=model, device=device)
     fitted = replace(fitted, cost=stored_cost(folder))
     if out is not None:
@@ -122,21 +122,23 @@ def evaluate(
 
 def _rows(
     folder: Path,
+    card: Any,
     data: str,
     split: str | None,
     ood: str | None,
-    classes: list[str],
     columns: dict[str, Any],
     limit: int | None,
 ) -> tuple[Any, Any, str]:
-    from kilobayes.tasks.data import available_splits, load_examples
-    from kilobayes.workflows.data import first_test, load_as_trained
+    from kilobayes.tasks.data import available_splits
+    from kilobayes.workflows.data import first_test, load_as_trained, reads
 
     name = split or first_test(available_splits(data))
-    examples = load_as_trained(folder, data, name, classes=classes, limit=limit, **columns)
+    examples = load_as_trained(
+        folder, data, name, read=reads(card), classes=card.classes, limit=limit, **columns
+    )
     other = None
     if ood:
-        other = load_examples(ood, first_test(available_splits(ood)), need_labels=False, limit=limit)
+        other = reads(card)(ood, first_test(available_splits(ood)), need_labels=False, limit=limit)
     return examples, other, name or ""
 
 
@@ -160,7 +162,7 @@ def compare(
     check_writable(out / "metrics.json")
     done = work.compare(
         folders,
-        lambda classes: _rows(folders[0], data, split, ood, classes, columns, limit),
+        lambda card: _rows(folders[0], card, data, split, ood, columns, limit),
         out,
         data,
         samples,

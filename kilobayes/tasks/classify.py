@@ -22,13 +22,15 @@ class Encoded:
         ids: token ids of each row.
         type_ids: 0 for tokens of the first sentence and 1 for the second, or None if the tokenizer has none.
         labels: class indices ``(N,)`` int64, or None.
-        truncated: how many rows were longer than ``max_length`` and lost their end; for the caller to report.
+        truncated: how many rows were longer than ``max_length`` and were cut; for the caller to report.
+        counts: how many of the classes each row has to choose from, the first ones; None for all.
     """
 
     ids: list[list[int]]
     type_ids: list[list[int]] | None
     labels: Tensor | None
     truncated: int
+    counts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -38,7 +40,8 @@ class Encoded:
         which = rows.tolist()
         types = None if self.type_ids is None else [self.type_ids[i] for i in which]
         labels = None if self.labels is None else self.labels[rows]
-        return Encoded([self.ids[i] for i in which], types, labels, self.truncated)
+        counts = None if self.counts is None else self.counts[rows]
+        return Encoded([self.ids[i] for i in which], types, labels, self.truncated, counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +103,9 @@ class Classify:
             raise KilobayesError(
                 f"row {empty + 1} has no tokens", f"its text is {examples.texts[empty]!r:.60}"
             )
-        return Encoded(rows["input_ids"], rows.get("token_type_ids"), self._indices(examples), len(long))
+        return Encoded(
+            rows["input_ids"], rows.get("token_type_ids"), class_indices(examples, self.classes), len(long)
+        )
 
     def _tokens(
         self, texts: list[str], pairs: list[str] | None, **keywords: Any
@@ -120,56 +125,25 @@ class Classify:
         )
         return {key: list(out[key]) for key in ("input_ids", "token_type_ids") if key in out}
 
-    def _indices(self, examples: Examples) -> Tensor | None:
-        if examples.labels is None:
-            return None
-        labels = torch.tensor(examples.labels, dtype=torch.int64)
-        if list(examples.classes) != list(self.classes):
-            raise KilobayesError(
-                "these examples were read with other classes",
-                f"found: {', '.join(examples.classes)}; the task has: {', '.join(self.classes)}",
-                "read them with classes= those of the task",
-            )
-        return labels
-
     def collate(self, encoded: Encoded, indices: Sequence[int] | Tensor) -> dict[str, Tensor]:
         """One batch ``(B, T)`` int64, padded to its longest row on the tokenizer's side; no labels inside."""
         rows = [int(i) for i in indices]
-        width = max(len(encoded.ids[i]) for i in rows)
         left = self.tokenizer.padding_side == "left"
-
-        def padded(values: list[list[int]], fill: int) -> Tensor:
-            lines = [[fill] * (width - len(v)) + v if left else v + [fill] * (width - len(v)) for v in values]
-            return torch.tensor(lines, dtype=torch.int64)
-
         ids = [encoded.ids[i] for i in rows]
-        pad = self.pad_id
-        assert pad is not None  # checked in __post_init__
-        batch = {"input_ids": padded(ids, pad), "attention_mask": padded([[1] * len(v) for v in ids], 0)}
+        assert self.pad_id is not None  # checked in __post_init__
+        batch = padded(ids, self.pad_id, left)
         if encoded.type_ids is not None:
-            types = encoded.type_ids
-            batch["token_type_ids"] = padded([types[i] for i in rows], self.tokenizer.pad_token_type_id)
+            types = [encoded.type_ids[i] for i in rows]
+            batch["token_type_ids"] = padded(types, self.tokenizer.pad_token_type_id, left)["input_ids"]
         return batch
 
     def labels(self, encoded: Encoded, indices: Sequence[int] | Tensor) -> Tensor:
         """Class indices ``(B,)`` of these rows. Raises KilobayesError when the rows carry none."""
-        if encoded.labels is None:
-            raise KilobayesError("these rows have no labels", "", "read them with a label column")
-        return encoded.labels[torch.as_tensor(indices, dtype=torch.int64)]
+        return labels_of(encoded, indices)
 
     def nll(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Negative log-likelihood ``-log softmax(logits)[label]`` of each row, in nats.
-
-        Args:
-            logits: ``(S, B, C)``; computed in float32, or in float64 if that is what comes.
-            labels: ``(B,)``, or ``(S, B)`` where members see different rows.
-
-        Returns:
-            ``(S, B)``, not averaged.
-        """
-        scores = logits if logits.dtype == torch.float64 else logits.float()
-        index = labels.expand(logits.shape[:-1]).unsqueeze(-1)
-        return -scores.log_softmax(-1).gather(-1, index).squeeze(-1)
+        """As :func:`class_nll`."""
+        return class_nll(logits, labels)
 
     def within(self, model: nn.Module) -> AbstractContextManager[None]:
         """What the model is put into while it runs this task: nothing."""
@@ -177,5 +151,61 @@ class Classify:
 
     def readout(self, output: Any) -> Tensor:
         """Class scores ``(rows, C)`` in float32 from a sequence-classification output."""
-        logits: Tensor = output.logits
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return scores_of(output)
+
+
+def class_indices(examples: Examples, classes: Sequence[str]) -> Tensor | None:
+    """Class indices ``(N,)`` int64 of labelled examples, else None.
+
+    Raises:
+        KilobayesError: they were read with other classes.
+    """
+    if examples.labels is None:
+        return None
+    if list(examples.classes) != list(classes):
+        raise KilobayesError(
+            "these examples were read with other classes",
+            f"found: {', '.join(examples.classes)}; the task has: {', '.join(classes)}",
+            "read them with classes= those of the task",
+        )
+    return torch.tensor(examples.labels, dtype=torch.int64)
+
+
+def padded(ids: Sequence[list[int]], pad: int, left: bool) -> dict[str, Tensor]:
+    """Rows as ``input_ids`` and their ``attention_mask``, both ``(B, T)`` int64."""
+    width = max(len(row) for row in ids)
+
+    def filled(rows: Sequence[list[int]], fill: int) -> Tensor:
+        short = [[fill] * (width - len(row)) for row in rows]
+        lines = [gap + row if left else row + gap for gap, row in zip(short, rows)]
+        return torch.tensor(lines, dtype=torch.int64)
+
+    return {"input_ids": filled(ids, pad), "attention_mask": filled([[1] * len(row) for row in ids], 0)}
+
+
+def labels_of(encoded: Encoded, rows: Sequence[int] | Tensor) -> Tensor:
+    """Class indices ``(B,)`` of these rows. Raises KilobayesError when the rows carry none."""
+    if encoded.labels is None:
+        raise KilobayesError("these rows have no labels", "", "read them with a label column")
+    return encoded.labels[torch.as_tensor(rows, dtype=torch.int64)]
+
+
+def class_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood ``-log softmax(logits)[label]`` of each row, in nats.
+
+    Args:
+        logits: ``(S, B, C)``; computed in float32, or in float64 if that is what comes.
+        labels: ``(B,)``, or ``(S, B)`` where members see different rows.
+
+    Returns:
+        ``(S, B)``, not averaged.
+    """
+    scores = logits if logits.dtype == torch.float64 else logits.float()
+    index = labels.expand(logits.shape[:-1]).unsqueeze(-1)
+    return -scores.log_softmax(-1).gather(-1, index).squeeze(-1)
+
+
+def scores_of(output: Any) -> Tensor:
+    """``logits`` of an output in float32, or in float64 if they are."""
+    logits: Tensor = output.logits
+    return logits if logits.dtype == torch.float64 else logits.float()

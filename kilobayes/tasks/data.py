@@ -11,11 +11,12 @@ import numpy as np
 from kilobayes.errors import KilobayesError
 from kilobayes.tasks.columns import label_column as find_label
 from kilobayes.tasks.columns import read_labels, read_text, text_columns
+from kilobayes.tasks.prompt import Prompt
 from kilobayes.tasks.sources import read_source
 from kilobayes.tasks.sources import splits as available_splits
 from kilobayes.tasks.split import stratified_holdout
 
-__all__ = ["Examples", "available_splits", "load_examples"]
+__all__ = ["Examples", "available_splits", "limited", "load_examples"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,16 @@ class Examples:
         pairs: the second sentence of each row, or None.
         labels: class indices, or None where they are not known.
         classes: class names in index order (empty when there are no labels and none were given).
+        prompt: how the rows are put to a language model; ``texts`` are then what it says of each row.
+        options: the texts of each question's options, of rows that have such.
     """
 
     texts: list[str]
     pairs: list[str] | None
     labels: list[int] | None
     classes: list[str]
+    prompt: Prompt | None = None
+    options: list[list[str]] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -45,6 +50,8 @@ class Examples:
             None if self.pairs is None else [self.pairs[i] for i in rows],
             None if self.labels is None else [self.labels[i] for i in rows],
             self.classes,
+            self.prompt,
+            None if self.options is None else [self.options[i] for i in rows],
         )
 
     def shown(self, i: int) -> str:
@@ -97,7 +104,7 @@ def load_examples(
     if label is not None and (need_labels or label_column is not None):
         labels, names = read_labels(table, label, classes)
     examples = Examples(texts, pairs, labels, names)
-    return examples if limit is None else _limited(examples, limit, seed)
+    return examples if limit is None else limited(examples, limit, seed)
 
 
 def _as_columns(examples: Examples) -> dict[str, list[Any]]:
@@ -109,7 +116,12 @@ def _as_columns(examples: Examples) -> dict[str, list[Any]]:
     return columns
 
 
-def _limited(examples: Examples, limit: int, seed: int) -> Examples:
+def limited(examples: Examples, limit: int, seed: int) -> Examples:
+    """At most ``limit`` rows, in proportion to the classes, in the order of the source.
+
+    Raises:
+        KilobayesError: a limit below 1.
+    """
     if limit < 1:
         raise KilobayesError(
             "the limit on rows is not positive", f"found {limit}", "leave it out to use all rows"

@@ -23,7 +23,7 @@ from kilobayes.tree import map_params, size
 from kilobayes.types import Params, Posterior, Progress
 from kilobayes.workflows.attach import device_of
 from kilobayes.workflows.calibration_rows import HELD, Rows, Sources, notes_on, place, read_rows
-from kilobayes.workflows.data import load_as_trained
+from kilobayes.workflows.data import load_as_trained, reads
 from kilobayes.workflows.finetune import Fitted, fingerprint_of, load
 from kilobayes.workflows.lora_folder import chosen_classes, describe, hosted
 
@@ -115,11 +115,11 @@ def calibrate(
 
 
 def _run(folder: Path, sources: Sources, model: str | None, device: str) -> tuple[Fitted, Rows]:
-    classes = store.read_card(folder).classes  # the data first: loading a model takes longer
+    card = store.read_card(folder)  # the data first: loading a model takes longer
 
     def read(source: Any, split: str | None) -> Examples:
-        given: dict[str, Any] = {"classes": classes, "limit": sources.limit, **sources.columns}
-        return load_as_trained(folder, source, split, **given)
+        given: dict[str, Any] = {"classes": card.classes, "limit": sources.limit, **sources.columns}
+        return load_as_trained(folder, source, split, read=reads(card), **given)
 
     rows = read_rows(sources, read)
     return load(folder, model=model, device=device), rows

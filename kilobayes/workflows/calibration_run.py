@@ -41,6 +41,7 @@ def write(done: Calibrated, folder: Path, adapter: Path, sources: Sources) -> Ar
         "max_length": card.max_length,
         "dtype": card.dtype,
         "seed": card.seed,
+        **card.settings,
         **named,
     }
     source = sources.data if isinstance(sources.data, str) else "in memory"

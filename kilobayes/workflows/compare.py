@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kilobayes.card import Card
 from kilobayes.errors import KilobayesError
 from kilobayes.metrics import Evaluation, Interval, Spread, over_seeds
 from kilobayes.options import Options
@@ -15,7 +16,7 @@ from kilobayes.workflows import evaluate as work
 from kilobayes.workflows.finetune import load
 from kilobayes.workflows.folder import stored_cost
 
-Rows = Callable[[list[str]], tuple[Any, Any, str]]
+Rows = Callable[[Card], tuple[Any, Any, str]]  # for the first run
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +86,7 @@ def compare(
     """Evaluate each run on the same rows and write one table and one report into ``out``.
 
     Args:
-        rows: gives examples, out-of-distribution examples or None, and the split's name, for given classes.
+        rows: gives examples, out-of-distribution examples or None, and the split's name, for a run's card.
 
     Raises:
         KilobayesError: fewer than one run, one twice, a damaged one, or runs of different classes.
@@ -98,18 +99,18 @@ def compare(
             "there is nothing to compare", remedy="name runs, as in kilobayes compare runs/a runs/b"
         )
     evaluations: list[Evaluation] = []
-    classes: list[str] | None = None
+    first: Card | None = None
     found: tuple[Any, Any, str] | None = None
     for folder in folders:
         fitted = load(folder, model=model, device=device)
         fitted = replace(fitted, cost=stored_cost(folder))
-        if classes is None:
-            classes = list(fitted.card.classes)
-            found = rows(classes)
-        if list(fitted.card.classes) != classes:
+        card = fitted.card
+        if first is None:
+            first, found = card, rows(card)
+        if (card.classes, card.prompt) != (first.classes, first.prompt):
             raise KilobayesError(
-                f"{folder} has other classes than {folders[0]}",
-                f"{', '.join(fitted.card.classes)} and {', '.join(classes)}",
+                f"{folder} has other classes than {folders[0]}, or puts the rows in another way",
+                f"{', '.join(card.classes)} and {', '.join(first.classes)}",
                 "compare runs of one task",
             )
         assert found is not None

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kilobayes.card import Card
 from kilobayes.errors import KilobayesError
 from kilobayes.options import Options
 from kilobayes.run_yaml import read_yaml
-from kilobayes.tasks.data import Examples, available_splits, load_examples
+from kilobayes.tasks.data import Examples, available_splits, limited, load_examples
+from kilobayes.tasks.prompt import Prompt
+from kilobayes.tasks.questions import load_questions
 from kilobayes.tasks.split import stratified_holdout
+
+Read = Callable[..., Examples]  # as load_examples
 
 TESTS = ("test", "validation", "dev", "valid", "eval")
 
@@ -44,6 +51,18 @@ def columns(options: Options) -> dict[str, Any]:
     }
 
 
+def reader(task: str, prompt: Prompt | None = None, **asked: Any) -> Read:
+    """How the rows of a task are read: as :func:`load_examples` does, or as prompts.
+
+    Args:
+        prompt: how other rows of the same run were put.
+        asked: ``template`` and ``answers``, where that is not known yet.
+    """
+    if task != "choice":
+        return load_examples
+    return functools.partial(load_questions, prompt=prompt, **({} if prompt else asked))
+
+
 def load_splits(options: Options, source: Any = None) -> Splits:
     """Read what ``options`` name; calibration rows are held out of training by class unless named.
 
@@ -56,15 +75,16 @@ def load_splits(options: Options, source: Any = None) -> Splits:
     named = columns(options)
     there = available_splits(source)
     train_split = "train" if "train" in there or len(there) != 1 else there[0]
-    everything = load_examples(source, train_split, **named)
+    read = reader(options.task, template=options.template, answers=options.answers)
+    everything = read(source, train_split, **named)
     if len(everything.classes) < 2:
         raise KilobayesError(
             "classification needs at least two classes", f"found {everything.classes}", "check --label-column"
         )
     train = everything
     if options.limit_train is not None:
-        train = load_examples(everything, limit=options.limit_train, seed=options.seed)
-    known = everything.classes
+        train = limited(everything, options.limit_train, options.seed)
+    known, read = everything.classes, reader(options.task, everything.prompt)
     share = options.held_out()
     calibration: Examples | None = None
     if share:
@@ -72,11 +92,11 @@ def load_splits(options: Options, source: Any = None) -> Splits:
         kept, held = stratified_holdout(train.labels or [], wanted, options.seed)
         train, calibration = train.take(kept), train.take(held)
     elif share is None and options.calibration in there:
-        calibration = load_examples(source, options.calibration, classes=known, **named)
+        calibration = read(source, options.calibration, classes=known, **named)
     elif share is None:
         split = first_test(available_splits(options.calibration))
-        calibration = load_examples(options.calibration, split, classes=known, **named)
-    test, test_name, notes = _test(options, source, there, known)
+        calibration = read(options.calibration, split, classes=known, **named)
+    test, test_name, notes = _test(options, source, there, known, read)
     if own_test := test is not None:
         evaluated = test
     elif calibration is not None:
@@ -89,7 +109,7 @@ def load_splits(options: Options, source: Any = None) -> Splits:
         notes.append("The rows evaluated on were trained on.")
     ood = None
     if options.ood:
-        ood = load_examples(
+        ood = read(
             options.ood, first_test(available_splits(options.ood)), need_labels=False, limit=options.limit
         )
     _alike(train, {"calibration": calibration, "test": evaluated, "out-of-distribution": ood})
@@ -98,24 +118,22 @@ def load_splits(options: Options, source: Any = None) -> Splits:
 
 
 def _test(
-    options: Options, source: Any, there: list[str], known: list[str]
+    options: Options, source: Any, there: list[str], known: list[str], read: Read
 ) -> tuple[Examples | None, str, list[str]]:
     named = columns(options)
     if options.test and options.test not in there:
         name = options.test
-        test = load_examples(
-            name, first_test(available_splits(name)), classes=known, limit=options.limit, **named
-        )
+        test = read(name, first_test(available_splits(name)), classes=known, limit=options.limit, **named)
         return test, name, []
     name = options.test or next((t for t in TESTS if t in there and t != options.calibration), "")
     if name:
         try:
-            test = load_examples(source, name, classes=known, limit=options.limit, **named)
+            test = read(source, name, classes=known, limit=options.limit, **named)
             return test, name, []
         except KilobayesError:
             if options.test or name != "test" or "validation" not in there:
                 raise  # a hub's test split without labels falls back to validation; anything else is an error
-            test = load_examples(source, "validation", classes=known, limit=options.limit, **named)
+            test = read(source, "validation", classes=known, limit=options.limit, **named)
             return test, "validation", ["The test split has no usable labels; validation is used."]
     return (
         None,
@@ -147,11 +165,19 @@ def first_test(splits: list[str]) -> str | None:
     return next((t for t in TESTS if t in splits), splits[0] if splits else None)
 
 
-def load_as_trained(folder: Path, source: Any, split: str | None = None, **given: Any) -> Examples:
+def reads(card: Card) -> Read:
+    """How the rows of a saved run are read."""
+    return reader(card.task, card.prompt)
+
+
+def load_as_trained(
+    folder: Path, source: Any, split: str | None = None, *, read: Read = load_examples, **given: Any
+) -> Examples:
     """Rows for a run, from the columns that it was trained on where they are there and no others are named.
 
     Args:
         folder: the run's; its run.yaml names the columns.
+        read: how its rows are read.
         given: as :func:`load_examples` takes them; columns that are None are looked up.
 
     Raises:
@@ -164,5 +190,5 @@ def load_as_trained(folder: Path, source: Any, split: str | None = None, **given
         trained.pop("label_column", None)
     if trained:
         with contextlib.suppress(KilobayesError):  # other data may name them differently
-            return load_examples(source, split, **(given | trained))
-    return load_examples(source, split, **given)
+            return read(source, split, **(given | trained))
+    return read(source, split, **given)

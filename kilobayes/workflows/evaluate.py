@@ -91,6 +91,8 @@ def prediction_rows(
             "entropy": round(float(entropy[i]), 6),
             "mutual_information": round(float(information[i]), 6),
         }
+        if examples.options is not None:
+            row["answer"] = examples.options[i][best]
         if examples.labels is not None:
             row["expected"] = examples.classes[examples.labels[i]]
         yield row

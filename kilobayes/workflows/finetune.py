@@ -20,19 +20,20 @@ from kilobayes.energy import ModelEnergy, predict
 from kilobayes.errors import KilobayesError
 from kilobayes.metrics.conformal import Calibration, missing
 from kilobayes.metrics.cost import measure
-from kilobayes.models import Base, fingerprint, load_base
+from kilobayes.models import Base, fingerprint
 from kilobayes.optim import AdamW
 from kilobayes.options import Options
 from kilobayes.posteriors import ask
 from kilobayes.predict import Predictive, Rows, class_nll
 from kilobayes.random import generator
-from kilobayes.tasks.classify import Classify, Encoded
+from kilobayes.tasks.classify import Encoded
 from kilobayes.tasks.data import Examples
 from kilobayes.tasks.protocol import Task
 from kilobayes.tree import state_member
 from kilobayes.types import Posterior, Progress
 from kilobayes.workflows import chunks, conformal
 from kilobayes.workflows.attach import attach, device_of, member_seeds, start
+from kilobayes.workflows.kinds import kind_of
 
 Watch = Callable[[Progress, Tensor], None]
 
@@ -152,12 +153,12 @@ def fit_examples(
         raise KilobayesError(
             f"{options.posterior} needs rows to calibrate on", "none", "as in --calibration 0.2"
         )
-    base = load_base(options.model, examples.classes, dtype=options.dtype, device=device_of(options.device))
+    kind = kind_of(options.task)
+    base = kind.load(options.model, examples.classes, options.dtype, device_of(options.device))
     print_ = fingerprint_of(base)
     model = attach(base, options)
-    task = Classify(
-        base.tokenizer, tuple(examples.classes), min(options.max_length, base.longest or options.max_length)
-    )
+    longest = min(options.max_length, base.longest or options.max_length)
+    task = kind.make(base, examples.classes, longest, examples.prompt)
     seeds = member_seeds(options.seed, ask.members(posterior))
     encoded = task.encode(examples)
     save = None
@@ -205,6 +206,8 @@ def fit_examples(
         target_modules=[site.name for site in host.sites(model)],
         dtype=options.dtype,
         paired=examples.pairs is not None,
+        task=options.task,
+        **store.put(examples.prompt),
     )
     numbers = sum(v[0].numel() for v in host.read(model).values())
     cost = dict(cost) | {"trained_bytes": 4.0 * numbers * len(seeds)}
@@ -217,8 +220,8 @@ def fingerprint_of(base: Base) -> str:
 
 
 def digest(examples: Examples) -> str:
-    """SHA-256 of texts and labels: what a checkpoint was trained on."""
-    rows = zip(examples.texts, examples.pairs or examples.texts, examples.labels or [])
+    """SHA-256 of texts, options and labels: what a checkpoint was trained on."""
+    rows = zip(examples.texts, examples.pairs or examples.options or examples.texts, examples.labels or [])
     return hashlib.sha256("\x1e".join("\x1f".join(map(str, row)) for row in rows).encode()).hexdigest()
 
 
@@ -233,10 +236,11 @@ def load(folder: Path, *, model: str | None = None, device: str = "auto") -> Fit
     """
     card = store.read_card(folder)
     name = model or card.base
-    base = load_base(name, card.classes, dtype=card.dtype, device=device_of(device))
+    kind = kind_of(card.task)
+    base = kind.load(name, card.classes, card.dtype, device_of(device))
     store.check_fingerprint(card, fingerprint_of(base))
     model_ = store.read_adapter(folder, base.model, card)
     posterior, state = store.read_state(folder, card, host.read(model_))
-    task = Classify(base.tokenizer, tuple(card.classes), card.max_length)
+    task = kind.make(base, card.classes, card.max_length, card.prompt)
     calibration = conformal.read(folder, len(card.classes))
     return Fitted(model_, task, posterior, state, card, calibration=calibration)

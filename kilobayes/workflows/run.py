@@ -19,6 +19,8 @@ from kilobayes.model_files import model_folder
 from kilobayes.options import Options
 from kilobayes.posteriors import ask
 from kilobayes.run_yaml import write_yaml
+from kilobayes.tasks.data import Examples
+from kilobayes.tasks.prompt import CHOICES
 from kilobayes.workflows import conformal
 from kilobayes.workflows import evaluate as evaluation
 from kilobayes.workflows.data import Splits, load_splits
@@ -156,6 +158,7 @@ def facts(options: Options, splits: Splits) -> dict[str, Any]:
     out = {
         "source": options.data or "in memory",
         "classes": ", ".join(splits.train.classes),
+        **({} if splits.train.prompt is None else {"template": splits.train.prompt.template}),
         "training rows": len(splits.train),
         "calibration rows": len(splits.calibration or []),
         f"rows evaluated ({splits.test_name})": len(splits.test),
@@ -173,6 +176,14 @@ def _card(options: Options, splits: Splits) -> str:
         f"data  {options.data or 'in memory'}: {rows}, {test}, {len(splits.train.classes)} classes\n"
         f"run   {options.out}"
     )
+
+
+def _example(rows: Examples) -> str:
+    """A row as predictions take it."""
+    if rows.prompt is None:
+        return '"a text"' if rows.pairs is None else '("a text", "another")'
+    columns = {name: "..." for name in rows.prompt.fields if name != CHOICES}
+    return str(columns if rows.options is None else columns | {CHOICES: ["...", "..."]})
 
 
 def model_card(
@@ -209,7 +220,7 @@ posterior beside it.
 import kilobayes as kb
 
 clf = kb.load("path/to/this/folder")
-out = clf.predictive(["a text"])  # .labels .probs .entropy .epistemic
+out = clf.predictive([{_example(splits.train)}])  # .labels .probs .entropy .epistemic
 ```
 
 The mean alone loads in PEFT: `import kilobayes; PeftModel.from_pretrained(base, "this folder")`. The mean of
