@@ -30,6 +30,7 @@ _WHERE = {
     "export_lora": "kilobayes.host.export",
     "load": "kilobayes.api",
     "load_compact": "kilobayes.host.compact",
+    "load_peft": "kilobayes.host.peft_folder",
     "outer": "kilobayes.host",
     "packed": "kilobayes.host",
     "read": "kilobayes.host",

@@ -15,6 +15,7 @@ from torch import Tensor
 from kilobayes import host
 from kilobayes.checkpoint import read_tensors
 from kilobayes.errors import KilobayesError
+from kilobayes.host.peft_folder import CONVERTED, KNOWN, load_peft
 from kilobayes.hub import first_line
 from kilobayes.model_files import model_folder
 from kilobayes.models import Base
@@ -74,8 +75,9 @@ def describe(folder: Path, model: str | None = None) -> Described:
             else "copy the folder whole",
         )
     kind, task = config.get("peft_type"), config.get("task_type")
-    if kind not in ("LORA", "KILOBAYES"):
-        raise KilobayesError(f"only LoRA can be calibrated, not {kind}", f"peft_type in {folder / CONFIG}")
+    if kind not in KNOWN:
+        found = f"peft_type in {folder / CONFIG}; known: {', '.join(KNOWN)}"
+        raise KilobayesError(f"adapters of the method {kind} cannot be calibrated", found)
     if task not in (None, "SEQ_CLS"):
         raise KilobayesError(
             "only adapters that classify texts can be calibrated so far",
@@ -154,6 +156,8 @@ def hosted(known: Described, base: Base) -> Any:
             "save the adapter with them: LoraConfig(task_type='SEQ_CLS', modules_to_save=[...])",
         )
     try:
+        if _json(known.folder / CONFIG).get("peft_type") in CONVERTED:
+            return load_peft(base.model, known.folder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of keys that do not fit, which is checked below
             model: Any = PeftModel.from_pretrained(base.model, str(known.folder))  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from kilobayes.workflows.calibration_rows import Sources
 from kilobayes.workflows.finetune import load
 
 from .. import small
-from ..integrations.training import plain, train
+from ..integrations.training import base, plain, train
 
 ROWS = small.rows(120, 7)
 TEXTS = [row["text"] for row in small.rows(25, 9)]
@@ -207,3 +207,28 @@ def test_trained_biases_are_kept(held: str, tmp_path: Path) -> None:
     kb.calibrate(tmp_path / "lora", held, "Point()", classes=small.LABELS).save(tmp_path / "run")
     expected = torch.from_numpy(scores(model, TEXTS)).softmax(-1).numpy()
     np.testing.assert_allclose(kb.load(tmp_path / "run").predict_proba(TEXTS), expected, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Unless you set `save_projection=True`")
+@pytest.mark.parametrize("kind", ["VeRA", "VB-LoRA"])
+def test_other_methods_of_pefts_are_calibrated_too(kind: str, held: str, tmp_path: Path) -> None:
+    from peft import VBLoRAConfig, VeraConfig, get_peft_model
+
+    common: dict[str, Any] = {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
+    config = (
+        VeraConfig(r=8, **common)
+        if kind == "VeRA"
+        else VBLoRAConfig(r=2, num_vectors=8, vector_length=8, **common)
+    )
+    model: Any = get_peft_model(base(), config)
+    gen = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=gen)
+    model.save_pretrained(str(tmp_path / "peft"))
+    done = calibrate(tmp_path / "peft", Sources(held), classes=small.LABELS, model=str(small.base()))
+    expected = scores(model, [row["text"] for row in ROWS])
+    np.testing.assert_allclose(
+        done.before.predict(done.rows.calibration).logits[0].numpy(), expected, atol=1e-4
+    )

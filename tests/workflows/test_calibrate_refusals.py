@@ -79,7 +79,7 @@ def damaged(folder: Path) -> None:
         (pickled, [], "read by unpickling"),
         (damaged, [], "is damaged"),
         (dora, [], "only plain LoRA.*use_dora"),
-        (lambda f: broken(f, peft_type="IA3"), [], "only LoRA can be calibrated, not IA3"),
+        (lambda f: broken(f, peft_type="IA3"), [], "method IA3 cannot be calibrated.*known: LORA"),
         (lambda f: broken(f, task_type="CAUSAL_LM"), [], "only adapters that classify"),
         (lambda f: broken(f, base_model_name_or_path=None), [], "names no base model"),
         (lambda f: broken(f, base_model_name_or_path="nowhere/there"), [], "no local directory"),
