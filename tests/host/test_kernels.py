@@ -127,3 +127,28 @@ def test_missing_or_wrong_operators_are_found_out(monkeypatch: pytest.MonkeyPatc
             patch.setattr(owner, name, broken)
             assert not kernels.available.__wrapped__()
     assert kernels.available.__wrapped__()
+
+
+@pytest.mark.parametrize("stack", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_large_ranks_are_added_to_the_weight(stack, bias, frozen):
+    """The same numbers and gradients as two thin products, whichever takes fewer multiplications."""
+    gen = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 10, generator=gen)
+    base = kernels.FrozenWeight(weight, torch.randn(12, generator=gen) if bias else None)
+    x = torch.randn(stack * 8, 4, 10, generator=gen).requires_grad_()
+    a = torch.randn(stack, 9, 10, generator=gen).requires_grad_(not frozen)
+    b = torch.randn(stack, 12, 9, generator=gen).requires_grad_()
+    assert kernels.dense_pays(x, base, a, b)
+    assert not kernels.dense_pays(x, base, a[:, :1], b[:, :, :1])
+    assert not kernels.dense_pays(x.bfloat16(), base, a, b)
+    found = kernels.low_rank_linear(x, base, a, b)
+    update = (x.view(stack, -1, 10) @ a.mT @ b.mT).view(*x.shape[:-1], 12)
+    expected = torch.nn.functional.linear(x, weight, base.bias) + update
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    wanted = [t for t in (x, a, b) if t.requires_grad]
+    ours = torch.autograd.grad(found.sin().sum(), wanted)
+    theirs = torch.autograd.grad(expected.sin().sum(), wanted)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
