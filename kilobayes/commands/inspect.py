@@ -37,6 +37,11 @@ def check(options: Options, *, as_json: bool) -> None:
 
     spec.check(options.adapter, ADAPTERS)
     spec.check(options.posterior, POSTERIORS)
+    if options.task == "lm":
+        from kilobayes.commands import language
+
+        language.check(options, as_json=as_json)
+        return
     options = place(options)
     splits = load_splits(options)
     folder = model_folder(options.model)

@@ -32,6 +32,11 @@ def train(options: Options, *, as_json: bool) -> None:
 
 
 def _train(options: Options, as_json: bool) -> None:
+    if options.task == "lm":
+        from kilobayes.commands import language
+
+        language.train(options, as_json=as_json)
+        return
     from kilobayes.workflows import run
     from kilobayes.workflows.evaluate import headline
 
@@ -91,7 +96,13 @@ def evaluate(
     from kilobayes.workflows.finetune import load
     from kilobayes.workflows.folder import stored_cost
 
-    card = store.read_card(folder)
+    card = store.read_card(folder, "")
+    if card.task == "lm":
+        from kilobayes.commands import language
+
+        given = (data, split, ood, columns, limit, samples, out, model, device)
+        language.evaluate(folder, *given, as_json=as_json)
+        return
     doubt.check(folder, samples, card.samples)
     # the data first: loading a model takes longer
     examples, other, name = _rows(folder, card, data, split, ood, columns, limit)

@@ -10,18 +10,16 @@ from typing import Any
 import yaml
 
 from kilobayes import spec, store
-from kilobayes.errors import KilobayesError
 from kilobayes.files import write_json, write_text_atomically
 from kilobayes.metrics import Interval
 from kilobayes.metrics.language import BINS, TokenScores, summarise
 from kilobayes.model_files import model_folder
 from kilobayes.options import Options
 from kilobayes.run_yaml import write_yaml
-from kilobayes.tasks.text import Documents, load_documents, splits
-from kilobayes.workflows.data import TESTS, first_test
 from kilobayes.workflows.evaluate import command, metadata, versions
 from kilobayes.workflows.folder import CHECKPOINT, Log, place
 from kilobayes.workflows.language import FittedLanguage, fit_documents
+from kilobayes.workflows.texts import Texts, load_texts
 
 LABELS = {
     "perplexity": "perplexity per token",
@@ -34,18 +32,6 @@ LABELS = {
 }
 
 
-@dataclass(frozen=True)
-class Texts:
-    """The rows of a run; ``test`` are the calibration rows where there are no others."""
-
-    train: Documents
-    calibration: Documents | None
-    test: Documents
-    ood: Documents | None
-    test_name: str
-    notes: list[str]
-
-
 @dataclass(frozen=True, eq=False)
 class FinishedLanguage:
     """A run that is on disk."""
@@ -55,48 +41,6 @@ class FinishedLanguage:
     texts: Texts
     summary: dict[str, Interval]
     sizes: dict[str, int]
-
-
-def load_texts(options: Options, source: Any = None) -> Texts:
-    """Read what ``options`` name; calibration rows are held out of training unless named.
-
-    Raises:
-        KilobayesError: as reading documents; no data named; no rows to evaluate on.
-    """
-    source = source if source is not None else options.data
-    if isinstance(source, str) and not source:
-        raise KilobayesError("no data is named", remedy="as in --data texts.jsonl")
-    named = {"text_column": options.text_column, "answer_column": options.label_column}
-    there = splits(source)
-    first = "train" if "train" in there or len(there) != 1 else there[0]
-    train = load_documents(source, first, **named).limited(options.limit_train, options.seed)
-    share, calibration, notes = options.held_out(), None, []
-    if share:
-        train, calibration = train.held_out(share, options.seed)
-    elif share is None and options.calibration in there:
-        calibration = load_documents(source, options.calibration, **named)
-    elif share is None:
-        calibration = load_documents(options.calibration, first_test(splits(options.calibration)), **named)
-    name = options.test or next((t for t in TESTS if t in there and t != options.calibration), "")
-    if name:
-        where, split = (source, name) if name in there else (name, first_test(splits(name)))
-        test = load_documents(where, split, **named).limited(options.limit, options.seed)
-    elif calibration is not None:
-        name, test = "calibration", calibration
-        notes.append("There is no test split: the figures are of the rows that were also calibrated on.")
-    else:
-        raise KilobayesError(
-            "there are no rows to evaluate on", "no test split, and --calibration 0", "name some with --test"
-        )
-    if first == name:
-        notes.append("The rows evaluated on were trained on.")
-    seen = set(map(repr, train.rows))
-    if count := sum(repr(row) in seen for row in test.rows):
-        notes.append(f"{count} of the {len(test)} rows evaluated on are also among the training rows.")
-    ood = None
-    if options.ood:
-        ood = load_documents(options.ood, first_test(splits(options.ood))).limited(options.limit, 0)
-    return Texts(train, calibration, test, ood, name, notes)
 
 
 def train(
@@ -155,7 +99,7 @@ def train(
         say(f"note: {line}")
     scores = fitted.scores(texts.test)
     other = fitted.scores(texts.ood) if texts.ood else None
-    facts = {"source": options.data or "in memory", "form": texts.train.form}
+    facts: dict[str, Any] = {"source": options.data or "in memory", "form": texts.train.form}
     facts |= {"training rows": len(texts.train), "calibration rows": len(texts.calibration or [])}
     summary = write_figures(folder, fitted, scores, other, facts | {"split": texts.test_name}, notes)
     # the last file: what is not there yet after a kill, --resume writes again
@@ -188,22 +132,23 @@ def figures(summary: dict[str, Interval]) -> dict[str, Any]:
 
 
 def write_figures(
-    folder: Path,
+    folder: Path | None,
     fitted: FittedLanguage,
     scores: TokenScores,
     other: TokenScores | None,
     data: dict[str, Any],
     notes: list[str],
 ) -> dict[str, Interval]:
-    """``metrics.json``: every figure with its interval, how many tokens and bytes, and their source."""
+    """The figures with their intervals, and ``metrics.json`` of them where a folder is named."""
     summary = summarise(scores, other)
     told = {"value, low, high": "95% bootstrap over documents", "bins": BINS, "unit": "learned tokens"}
     counts = {"documents": len(scores.bytes), "tokens": len(scores.nll), "bytes": int(scores.bytes.sum())}
     name = f"{spec.format(spec.adapter(fitted.card.adapter))} + {spec.format(fitted.posterior)}"
     meta = metadata(name, data | counts, notes)
-    write_json(
-        folder / "metrics.json", {"task": "lm", "definitions": told, "metrics": figures(summary)} | meta
-    )
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {"task": "lm", "definitions": told, "metrics": figures(summary)}
+        write_json(folder / "metrics.json", found | meta)
     return summary
 
 
