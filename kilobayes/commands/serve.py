@@ -55,7 +55,7 @@ def serve(
         def ready() -> None:
             console.say(f"{len(shelf.names)} models: {', '.join(shelf.names)}\nserving at {address}")
 
-        server.run(app, listening, timeout, ready)
+        server.prepared(app, timeout, ready).run(sockets=[listening])
     console.say("stopped: all that was accepted is answered")
 
 

@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,10 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Within it, signals ask the server to end."""
+        """Within it, signals ask the server to end; outside of the main thread Python has none."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = {each: signal.signal(each, self._asked) for each in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
@@ -84,19 +88,24 @@ def listen(host: str, port: int) -> socket.socket:
     return out
 
 
-def run(app: Any, listening: socket.socket, timeout: float, ready: Callable[[], None]) -> None:
-    """Serve until a signal; returns when all that was accepted is answered."""
+def prepared(app: Any, timeout: float, ready: Callable[[], None]) -> Server:
+    """What serves an application: its ``run(sockets=[listening])`` returns when all accepted is answered.
+
+    Args:
+        timeout: seconds that a request may take.
+        ready: called when requests are taken.
+    """
     config = uvicorn.Config(
         app, log_config=None, log_level="warning", access_log=False, server_header=False, lifespan="on",
         timeout_graceful_shutdown=int(timeout) + 5, ws="none", proxy_headers=False,
     )  # fmt: skip
-    server = Server(config)
-    started = server.startup
+    out = Server(config)
+    started = out.startup
 
     async def startup(sockets: Any = None) -> None:
         await started(sockets=sockets)
-        if not server.should_exit:
+        if not out.should_exit:
             ready()
 
-    server.startup = startup  # type: ignore[method-assign]
-    server.run(sockets=[listening])
+    out.startup = startup  # type: ignore[method-assign]
+    return out

@@ -37,7 +37,7 @@ def test_every_row_meets_every_draw_of_its_run_and_no_other(where: list[int], co
 def test_blocks_are_of_the_size_that_computes_least() -> None:
     # 8 rows of one run and 8 of another: blocks of 8, nothing repeated
     assert blocks([0] * 8 + [1] * 8, [2, 2])[0].shape == (4, 8)
-    # 8 rows of one run and one of another: 8 is 2 x 2 x 8.1 = 32.4 rows, 1 is 18 x 1.1 = 19.8, 2 is 10 x 2.1 = 21
+    # 8 rows of one and one of another: by 8 is 4 x 8.1 = 32.4 rows, by 2 10 x 2.1 = 21, by 1 18 x 1.1 = 19.8
     assert blocks([0] * 8 + [1], [2, 2])[0].shape == (18, 1)
 
 
