@@ -51,6 +51,7 @@ def check(options: Options, *, as_json: bool) -> None:
         "adapter": options.adapter,
         "posterior": options.posterior,
         "classes": splits.train.classes,
+        **({} if splits.train.prompt is None else {"template": splits.train.prompt.template}),
         "training_rows": len(splits.train),
         "calibration_rows": len(splits.calibration or []),
         "test_rows": len(splits.test),
