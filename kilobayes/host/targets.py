@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import (
@@ -20,13 +21,14 @@ from kilobayes.host.config import KilobayesConfig
 from kilobayes.host.head import unstackable
 from kilobayes.host.layer import adaptable
 
-# The attention's queries and values, as PEFT chooses, of common encoders that its own list leaves out.
+# The attention's queries and values, as PEFT chooses, of common architectures that its own list leaves out.
 DEFAULTS = {
     "albert": ["query", "value"],
     "camembert": ["query", "value"],
     "distilbert": ["q_lin", "v_lin"],
     "modernbert": ["Wqkv"],
     "mpnet": ["q", "v"],
+    "phi3": ["qkv_proj"],
 }
 
 
@@ -47,14 +49,33 @@ def check(model: nn.Module, config: KilobayesConfig) -> None:
 
     Raises:
         KilobayesError: a listed target is not in the model; a target is not linear, belongs to a mixture of
-            experts or shares its weight with another module; a head cannot be stacked.
+            experts, is trained whole or shares its weight with another module; a head cannot be stacked.
     """
     if isinstance(config.target_modules, set | list):
         _check_names(model, sorted(config.target_modules))
+    given = config.target_modules
     _maybe_include_all_linear_layers(config, model)  # in place
-    _check_kinds(model, {name: m for name, m in _outermost(model).items() if _matches(config, name)})
+    if isinstance(given, str) and isinstance(config.target_modules, set):  # "all-linear" leaves heads alone
+        config.target_modules -= {name for name in config.target_modules if _trained_whole(config, name)}
+    _check_kinds(model, wanted := {n: m for n, m in _outermost(model).items() if _matches(config, n)})
+    for name in filter(partial(_trained_whole, config), wanted):
+        raise KilobayesError(
+            f"{name} is in modules_to_save, which trains it whole",
+            f"modules_to_save={sorted(config.modules_to_save or ())}",
+            "take it out of target_modules",
+        )
     if config.stack > 1:
         _check_heads(model, config)
+
+
+def _trained_whole(config: KilobayesConfig, name: str) -> bool:
+    """Whether PEFT puts the module, or one around it, under ``modules_to_save``.
+
+    It does where a name ends so: "classifier" is DistilBERT's pre_classifier, too.
+    """
+    parts = name.split(".")
+    around = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(path.endswith(saved) for path in around for saved in config.modules_to_save or ())
 
 
 def _outermost(model: nn.Module) -> dict[str, nn.Module]:

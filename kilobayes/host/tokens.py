@@ -146,7 +146,7 @@ def wrapped(
     out = dict(built or {})
     seeds = {key: out.pop(key) for key in tuple(out) if split_key(key)[1] == TOKENS}
     found = {s: seeds.get(f"{s}/{TOKENS}", seeds.get(f"*/{TOKENS}")) for s in sites} if seeds else {}
-    now = Places(getattr(base, str(base.base_model_prefix), base)) if any(found.values()) else None
+    now = Places(backbone(base)) if any(found.values()) else None
     for site, own in found.items():
         if isinstance(own, Seeds) and now is not None:
             mixed = mix(mix(own.values[:, 0]) + zlib.crc32(site.encode()))
@@ -159,6 +159,16 @@ def wrapped(
             "choose an adapter's leaves, as in over='*/A'",
         )
     return out
+
+
+def backbone(base: Any) -> nn.Module:
+    """The part of a model that is called with a batch's tokens and their mask.
+
+    A decoder that is a part of its own, as OPT's, is called past the module around it by its language model.
+    """
+    found = getattr(base, str(base.base_model_prefix), base)
+    whole = getattr(base.config, "is_encoder_decoder", False)
+    return found if whole else getattr(found, "decoder", found)
 
 
 def lay_out(layers: Iterable[Any], layout: Any) -> None:

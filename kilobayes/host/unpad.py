@@ -5,8 +5,7 @@ may be for tokens that nothing reads. Within :func:`real_tokens` the hidden stat
 out ``(groups, N, d)`` between the first and the last block: N tokens for each member of a stack, all of its
 real ones and as many padded ones as make members equal. Linear layers, norms and activations are token-wise
 and need not know; attention gets its rows back, and what it returns is laid out again. Nothing else in a
-block may mix tokens, and a block's keyword arguments must reach the attention function: ``ARCHITECTURES`` are
-those where tests have shown both.
+block may mix tokens, and its keyword arguments must reach the attention function: as in ``ARCHITECTURES``.
 """
 
 from __future__ import annotations
@@ -28,9 +27,12 @@ from kilobayes.host.kernels import eager
 from kilobayes.host.layer import KilobayesLayer
 from kilobayes.host.pairing import _last_self_output
 from kilobayes.host.stack import base_of
-from kilobayes.host.tokens import lay_out
+from kilobayes.host.tokens import backbone, lay_out
 
-ARCHITECTURES = ("bert", "roberta", "distilbert", "gpt2", "llama", "opt", "qwen2")
+ARCHITECTURES = (
+    "bert", "distilbert", "gemma", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "opt", "phi", "phi3",
+    "qwen2", "qwen3", "roberta", "xlm-roberta",
+)  # fmt: skip
 ATTENTION = ("sdpa", "eager")
 PREFIX = "real_tokens|"
 LEAST_PADDING = 0.08  # moving tokens to and fro takes about a twentieth of a pass
@@ -183,8 +185,7 @@ def real_tokens(model: nn.Module) -> Iterator[nn.Module]:
     if not known or any(getattr(config, k, 0) for k in ("add_cross_attention", "chunk_size_feed_forward")):
         yield model
         return
-    backbone = getattr(base, base.base_model_prefix, base)
-    lists = (m for m in backbone.modules() if isinstance(m, nn.ModuleList))
+    lists = (m for m in base.modules() if isinstance(m, nn.ModuleList))
     blocks = next(m for m in lists if len(m) == config.num_hidden_layers)
     adapted = [m for m in base.modules() if isinstance(m, KilobayesLayer)]
     now: dict[str, Any] = {}  # the mask and the layout of the forward under way
@@ -234,7 +235,7 @@ def real_tokens(model: nn.Module) -> Iterator[nn.Module]:
         return tuple(layout.pad(a) if others and layout and layout.fits(a) else a for a in args)
 
     handles = [
-        backbone.register_forward_pre_hook(start, with_kwargs=True),
+        backbone(base).register_forward_pre_hook(start, with_kwargs=True),
         *(block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks),
         blocks[-1].register_forward_hook(leave),
     ]

@@ -15,11 +15,12 @@ from kilobayes.host.packing import packed
 from kilobayes.host.unpad import layout_of, real_tokens
 from kilobayes.modes import checkpointing
 
-from .tiny import BUILD, batch, close, hosted, loop, make, repeated, scores
+from .tiny import BUILD, MORE, batch, close, hosted, loop, make, repeated, scores
 
 S = 3
 COVERED = [
     "bert", "roberta", "distilbert", "gpt2", "llama", "qwen2", "opt", "gpt2_lm", "llama_lm", "bert_model",
+    "opt_lm", *MORE,
 ]  # fmt: skip
 OTHERS = ["albert", "deberta", "modernbert", "t5"]
 UPPER = {"bert": ["query"], "gpt2": ["c_attn"], "llama": ["q_proj"]}

@@ -41,6 +41,16 @@ GPT2 = SMALL | {
     "n_positions": 40,
     "use_cache": False,
 }
+GEMMA = DECODER | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
+OPT = SMALL | {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "ffn_dim": 48,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "word_embed_proj_dim": 16,
+    "use_cache": False,
+}
 
 BUILD: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: tf.BertForSequenceClassification(tf.BertConfig(**ENCODER)),
@@ -69,24 +79,35 @@ BUILD: dict[str, Callable[[], nn.Module]] = {
     "gpt2": lambda: tf.GPT2ForSequenceClassification(tf.GPT2Config(**GPT2)),
     "llama": lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**DECODER)),
     "qwen2": lambda: tf.Qwen2ForSequenceClassification(tf.Qwen2Config(**DECODER)),
-    "opt": lambda: tf.OPTForSequenceClassification(
-        tf.OPTConfig(
-            **SMALL,
-            hidden_size=32,
-            num_hidden_layers=3,
-            ffn_dim=48,
-            num_attention_heads=4,
-            max_position_embeddings=40,
-            word_embed_proj_dim=16,
-            use_cache=False,
-        )
-    ),
+    "qwen3": lambda: tf.Qwen3ForSequenceClassification(tf.Qwen3Config(**DECODER, head_dim=8)),
+    "mistral": lambda: tf.MistralForSequenceClassification(tf.MistralConfig(**DECODER, sliding_window=4)),
+    "gemma": lambda: tf.GemmaForSequenceClassification(tf.GemmaConfig(**DECODER, head_dim=8)),
+    "gemma2": lambda: tf.Gemma2ForSequenceClassification(tf.Gemma2Config(**GEMMA)),
+    "gemma3": lambda: tf.Gemma3TextForSequenceClassification(tf.Gemma3TextConfig(**GEMMA)),
+    "phi": lambda: tf.PhiForSequenceClassification(tf.PhiConfig(**DECODER)),
+    "phi3": lambda: tf.Phi3ForSequenceClassification(tf.Phi3Config(**DECODER)),
+    "opt": lambda: tf.OPTForSequenceClassification(tf.OPTConfig(**OPT)),
     "t5": lambda: tf.T5ForSequenceClassification(tf.T5Config(**T5)),
     "t5_encoder": lambda: tf.T5EncoderModel(tf.T5Config(**T5)),
     "t5_seq2seq": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)),
     "gpt2_lm": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**GPT2)),
     "llama_lm": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER)),
+    "qwen2_lm": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**DECODER)),
+    "qwen3_lm": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**DECODER, head_dim=8)),
+    "mistral_lm": lambda: tf.MistralForCausalLM(tf.MistralConfig(**DECODER, sliding_window=4)),
+    "gemma_lm": lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**DECODER, head_dim=8)),
+    "gemma2_lm": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**GEMMA, final_logit_softcapping=2.0)),
+    "gemma3_lm": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**GEMMA, final_logit_softcapping=2.0)),
+    "phi_lm": lambda: tf.PhiForCausalLM(tf.PhiConfig(**DECODER)),
+    "phi3_lm": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**DECODER)),
+    "opt_lm": lambda: tf.OPTForCausalLM(tf.OPTConfig(**OPT)),
     "mixtral_lm": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_local_experts=4)),
+    "qwen2_moe_lm": lambda: tf.Qwen2MoeForCausalLM(
+        tf.Qwen2MoeConfig(
+            **DECODER, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16
+        )
+    ),
+    "olmoe_lm": lambda: tf.OlmoeForCausalLM(tf.OlmoeConfig(**DECODER, num_experts=4, num_experts_per_tok=2)),
     "xlm_roberta": lambda: tf.XLMRobertaForSequenceClassification(tf.XLMRobertaConfig(**ENCODER)),
     "bert_model": lambda: tf.BertModel(tf.BertConfig(**ENCODER)),
 }
@@ -95,13 +116,16 @@ CLASSIFIERS = [
     "qwen2", "opt", "t5",
 ]  # fmt: skip
 OTHERS = ["t5_encoder", "t5_seq2seq", "gpt2_lm", "llama_lm", "mixtral_lm", "bert_model"]
-TASK = {
+MORE = ["xlm_roberta", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi", "phi3"]  # classifiers
+CAUSAL = [
+    "llama_lm", "qwen2_lm", "qwen3_lm", "mistral_lm", "gemma_lm", "gemma2_lm", "gemma3_lm", "phi_lm",
+    "phi3_lm", "gpt2_lm", "opt_lm",
+]  # fmt: skip
+EXPERTS = ["mixtral_lm", "qwen2_moe_lm", "olmoe_lm"]
+TASK = dict.fromkeys(CAUSAL + EXPERTS, "CAUSAL_LM") | {
     "t5_encoder": "FEATURE_EXTRACTION",
     "bert_model": "FEATURE_EXTRACTION",
     "t5_seq2seq": "SEQ_2_SEQ_LM",
-    "gpt2_lm": "CAUSAL_LM",
-    "llama_lm": "CAUSAL_LM",
-    "mixtral_lm": "CAUSAL_LM",
 }
 
 
