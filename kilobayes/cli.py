@@ -10,6 +10,7 @@ import typer
 
 from kilobayes.commands import shell
 from kilobayes.commands.calibrate import calibrate
+from kilobayes.commands.edit import edit
 from kilobayes.commands.export import export
 from kilobayes.commands.flags import (
     Coverage,
@@ -30,7 +31,7 @@ from kilobayes.commands.flags import (
     from_options,
 )
 from kilobayes.commands.generate import generate
-from kilobayes.commands.serve import serve
+from kilobayes.commands.serve import proxy, serve
 from kilobayes.options import Options
 
 app = typer.Typer(
@@ -181,7 +182,9 @@ def thin(
 
 
 app.command()(calibrate)
+app.command()(edit)
 app.command()(serve)
+app.command()(proxy)
 
 
 @app.command("list")

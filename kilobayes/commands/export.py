@@ -1,4 +1,4 @@
-"""``export``: a run's mean for other tools, or in the smallest file."""
+"""``export``: a run's mean or draws for other tools, or its mean in the smallest file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ KINDS = {
     "lora": "plain PEFT LoRA of the mean",
     "merged": "the model with the mean merged",
     "compact": "the smallest file of the mean, for kilobayes",
+    "samples": "draws as plain PEFT LoRA, for kilobayes proxy",
 }
 
 
@@ -25,10 +26,13 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="Of a compact file: float32, float16, bfloat16 or int8.")
     ] = "float32",
+    count: Annotated[
+        int | None, typer.Option(min=1, help="How many samples; default the run's own number.")
+    ] = None,
     model: Model = None,
     json_: Json = False,
 ) -> None:
-    """Write a run's mean for tools that do not know kilobayes, or as small as it gets."""
+    """Write a run's mean or draws for tools that do not know kilobayes, or as small as it gets."""
     from kilobayes.commands import console
     from kilobayes.commands.runs import check_writable
 
@@ -38,6 +42,12 @@ def export(
         raise KilobayesError(f"cannot export to {to!r}", f"known: {', '.join(KINDS)}", remedy)
     if dtype != "float32" and to != "compact":
         raise KilobayesError("--dtype is for compact files", f"found --to {to}", "take --to compact")
+    if count is not None and to != "samples":
+        raise KilobayesError("--count is for samples", f"found --to {to}", "take --to samples")
+    if to == "samples":
+        check_writable(out / "manifest.json")
+        _samples(run, out, count, model, json_)
+        return
     check_writable(out / "adapter_config.json")
     from kilobayes import host, parametrise, tree
     from kilobayes.host.compact import DTYPES, export_compact
@@ -69,3 +79,19 @@ def export(
     console.say(f"{to}: {out} (the mean of the weights, which is not the mean of the predictions)")
     if json_:
         console.result({"run": str(run), "to": to, "out": str(out)} | facts)
+
+
+def _samples(run: Path, out: Path, count: int | None, model: str | None, as_json: bool) -> None:
+    from kilobayes.commands import console
+    from kilobayes.workflows.samples import export_samples
+
+    found = export_samples(run, out, count, model=model)
+    names = [sample["name"] for sample in found["samples"]]
+    console.say(f"samples: {len(names)} adapters in {out}, {names[0]} to {names[-1]}")
+    if found["transformed"]:
+        console.say(
+            "note: this posterior changes scores after the model, as a temperature does; an adapter cannot "
+            "hold that, so other servers' probabilities are those before it"
+        )
+    if as_json:
+        console.result({"run": str(run), "to": "samples", "out": str(out), "samples": names})

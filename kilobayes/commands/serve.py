@@ -1,8 +1,9 @@
-"""``serve``: runs over HTTP."""
+"""``serve``: runs over HTTP; ``proxy``: sampled adapters of another server as one model."""
 
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -70,3 +71,48 @@ def needed() -> None:
             raise KilobayesError(
                 f"this needs {name}", "which is not installed", 'pip install "kilobayes[serve]"', exit_code=3
             )
+
+
+def proxy(
+    samples: Annotated[Path, typer.Argument(help="Folder of kilobayes export --to samples.")],
+    upstream: Annotated[str, typer.Option(help="Address of the server that has the adapters.")],
+    host: Host = "127.0.0.1",
+    port: Port = 8001,
+    token: Token = "",
+    upstream_token: Annotated[
+        str,
+        typer.Option(envvar="KILOBAYES_UPSTREAM_TOKEN", show_envvar=True, help="What that server asks for."),
+    ] = "",
+    max_body: MaxBody = 1 << 20,
+    timeout: Timeout = 60.0,
+) -> None:
+    """Average over sampled adapters that an OpenAI-compatible server, such as vLLM, has."""
+    needed()
+    from kilobayes.commands import console
+    from kilobayes.serve import server
+    from kilobayes.serve.manifest import Manifest
+
+    server.check(host, token)
+    manifest = Manifest.read(samples)
+    if not upstream.startswith(("http://", "https://")):
+        raise KilobayesError("--upstream is an address", f"found {upstream!r}", "as in http://127.0.0.1:8000")
+    import httpx2
+
+    from kilobayes.serve.proxy import application
+
+    bearer = {"authorization": f"Bearer {upstream_token}"} if upstream_token else {}
+    client = httpx2.AsyncClient(
+        base_url=upstream.rstrip("/").removesuffix("/v1"), headers=bearer, timeout=timeout
+    )
+    hosts = [] if token else server.names(host)
+    with server.listen(host, port) as listening:
+        app = application(manifest, client, token=token, hosts=hosts, max_body=max_body, timeout=timeout)
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{listening.getsockname()[1]}"
+
+        def ready() -> None:
+            console.say(
+                f"{manifest.name}: {len(manifest.members)} adapters of {upstream}\nserving at {address}"
+            )
+
+        server.prepared(app, timeout, ready).run(sockets=[listening])

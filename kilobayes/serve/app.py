@@ -11,19 +11,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
-from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
 from starlette.responses import HTMLResponse, Response
 
 from kilobayes import __version__
-from kilobayes.errors import KilobayesError
 from kilobayes.serve.answers import Service
 from kilobayes.serve.classify import Predictions
 from kilobayes.serve.completions import Completions
 from kilobayes.serve.engine import Engine, Limits
-from kilobayes.serve.guard import Guard, Refused, problem
+from kilobayes.serve.guard import Guard
 from kilobayes.serve.metrics import Metrics
+from kilobayes.serve.routes import Routes, add_routes
 from kilobayes.serve.shelf import Shelf
 
 PATHS = ("/", "/health", "/metrics", "/predict", "/v1/models", "/v1/completions", "/v1/chat/completions")
@@ -63,50 +61,21 @@ def application(
     async def health() -> dict[str, Any]:
         return {"status": "ok", "version": __version__, "models": len(shelf.names)}
 
-    async def counts() -> Response:
-        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [described(shelf, name) for name in shelf.names]}
 
-    for path, answer in (("/", show), ("/health", health), ("/metrics", counts), ("/v1/models", models)):
-        app.add_api_route(path, answer, methods=["GET"], response_model=None)
-    app.add_api_route("/predict", _posted(Predictions(service)), methods=["POST"], response_model=None)
-    for path, chat in (("/v1/completions", False), ("/v1/chat/completions", True)):
-        answer = _posted(Completions(service, chat))
-        app.add_api_route(path, answer, methods=["POST"], response_model=None)
-    app.add_exception_handler(Refused, _refused)
-    app.add_exception_handler(KilobayesError, _mendable)
-    app.add_exception_handler(HTTPException, _http)
+    shown: Routes = {"/": show, "/health": health, "/v1/models": models}
+    posted: Routes = {
+        "/predict": Predictions(service),
+        "/v1/completions": Completions(service, chat=False),
+        "/v1/chat/completions": Completions(service, chat=True),
+    }
+    add_routes(app, metrics, shown, posted)
     app.add_middleware(
         Guard, metrics=metrics, token=token, hosts=hosts, paths=PATHS, max_body=limits.max_body,
         timeout=limits.timeout,
     )  # fmt: skip
     return app
-
-
-def _posted(work: Any) -> Any:
-    async def answer(request: Request) -> Any:
-        return await work(request)
-
-    return answer
-
-
-async def _refused(request: Request, error: Any) -> Response:
-    kind = "server_error" if error.status >= 500 else "invalid_request_error"
-    return _json(problem(error.status, error.message, kind), error.status, error.headers)
-
-
-async def _mendable(request: Request, error: Any) -> Response:
-    return _json(problem(400, str(error)), 400)
-
-
-async def _http(request: Request, error: Any) -> Response:
-    return _json(problem(error.status_code, str(error.detail)), error.status_code, error.headers)
-
-
-def _json(body: bytes, status: int, headers: Any = None) -> Response:
-    return Response(body, status_code=status, headers=dict(headers or {}), media_type="application/json")
 
 
 def described(shelf: Shelf, name: str) -> dict[str, Any]:

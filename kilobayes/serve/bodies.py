@@ -11,6 +11,7 @@ from kilobayes.errors import KilobayesError
 Share = Annotated[float, Field(gt=0, lt=1)]
 Text = str | tuple[str, str]
 Kind = TypeVar("Kind", bound="Body")
+CHAT_TOKENS = 256  # of a reply, where a conversation's request does not say
 
 
 class Body(BaseModel):

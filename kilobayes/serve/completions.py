@@ -19,13 +19,11 @@ from kilobayes.prompts import check, encode
 from kilobayes.random import generator
 from kilobayes.sampling import Sampling
 from kilobayes.serve.answers import Service
-from kilobayes.serve.bodies import Chat, Completion, Written
+from kilobayes.serve.bodies import CHAT_TOKENS, Chat, Completion, Written
 from kilobayes.serve.decoder import Writing
 from kilobayes.serve.guard import Refused
 from kilobayes.serve.reply import Reply
 from kilobayes.serve.texts import Shown
-
-CHAT_TOKENS = 256  # of a reply, where a conversation's request does not say
 
 
 class Completions:
