@@ -93,7 +93,8 @@ def table(data: str, arms: dict[str, dict[str, Any]]) -> list[str]:
 
 def summary(found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     """Every adapter over the data sets that all were run on: means of scores, and the epochs' losses."""
-    common = [d for d, arms in found.items() if arms]
+    most = max(len(arms) for arms in found.values())
+    common = [d for d, arms in found.items() if len(arms) == most]
     names = [arm for arm in found[common[0]] if all(arm in found[d] for d in common)]
     head = " | ".join(f"{d} ({SCORES[d]})" for d in common)
     out = [f"| adapter | {head} | mean | bytes | of LoRA's |", "|---" * (len(common) + 4) + "|"]
