@@ -80,3 +80,16 @@ def test_a_classifier_has_no_output_matrix():
         answers(make("bert"), [1]),
     ):
         pass
+
+
+def test_entered_twice():
+    model, inputs = hosted(), padded("right") | {"counts": torch.tensor([3, 2, 3])}
+    with answers(model, TOKENS):
+        expected = model(**inputs).logits
+        with answers(model, TOKENS):
+            assert torch.equal(model(**inputs).logits, expected)
+        assert torch.equal(model(**inputs).logits, expected)
+        with pytest.raises(KilobayesError, match="has a AnswerHead"), answers(model, [1, 2]):
+            pass
+    assert float(expected[1].softmax(-1)[2]) == 0.0
+    assert bool((expected[0] > -100).all())
