@@ -33,8 +33,11 @@ BUILD: dict[str, Callable[[], Any]] = {
     "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**LLAMA, sliding_window=5)),
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**GPT2)),
     "opt": lambda: tf.OPTForCausalLM(tf.OPTConfig(**OPT)),
+    "bloom": lambda: tf.BloomForCausalLM(
+        tf.BloomConfig(vocab_size=61, hidden_size=32, n_layer=3, n_head=4, pad_token_id=0)
+    ),
 }
-TARGETS = {kind: ["c_attn"] if kind == "gpt2" else ["q_proj", "v_proj"] for kind in BUILD}
+TARGETS = {kind: ["q_proj", "v_proj"] for kind in BUILD} | {"gpt2": ["c_attn"], "bloom": ["query_key_value"]}
 
 
 def make(kind: str) -> Any:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 
 from kilobayes import host
 from kilobayes.decode import Generated, averaged, generate, steps
@@ -214,6 +215,12 @@ def test_alternatives_are_the_most_probable_tokens() -> None:
     assert none.alternatives == [[]]
 
 
+def test_a_model_with_another_memory_is_refused() -> None:
+    model = tf.MambaForCausalLM(tf.MambaConfig(vocab_size=61, hidden_size=8, num_hidden_layers=1)).eval()
+    with pytest.raises(KilobayesError, match="cache keys and values alone; MambaForCausalLM keeps"):
+        generate(model, None, *prompts(3), SHORT)
+
+
 def test_steps_come_one_by_one_and_may_be_left() -> None:
     model, theta = hosted("llama", 2)
     ids, mask = prompts(5, 2)
@@ -238,13 +245,3 @@ def test_wrong_input_is_explained() -> None:
         generate(model, None, ids, mask[:, 1:], SHORT)
     with pytest.raises(KilobayesError, match="sampling needs a generator"):
         generate(model, None, ids, mask, WARM)
-
-
-def test_summaries_of_a_sequence() -> None:
-    one = Generated([5, 6], [math.log(0.5), math.log(0.125)], [1.0, 2.0], [0.25, 0.5], [[], []], "stop")
-    assert one.log_prob == pytest.approx(math.log(1 / 16))
-    assert one.perplexity == pytest.approx(4.0)
-    assert (one.mean_entropy, one.mean_information) == (1.5, 0.375)
-    assert math.isnan(Generated().perplexity)
-    assert math.isnan(Generated().mean_entropy)
-    assert math.isnan(Generated().mean_information)

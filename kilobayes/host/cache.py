@@ -69,7 +69,7 @@ class Members:
         """
         self.rows = len(inputs["input_ids"])
         out: Any = self.model(**inputs, past_key_values=self.cache, **self.options)
-        self.cache = out.past_key_values
+        self.cache = getattr(out, "past_key_values", None)
         layers = getattr(self.cache, "layers", [])
         if not layers or not all(isinstance(layer, DynamicLayer) for layer in layers):
             odd = next((layer for layer in layers if not isinstance(layer, DynamicLayer)), self.cache)

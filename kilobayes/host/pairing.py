@@ -76,8 +76,9 @@ def shared_prefix(model: nn.Module) -> tuple[nn.Module, list[nn.Module]] | None:
         return None
     if len(holder) != getattr(config.get_text_config(), "num_hidden_layers", -1):
         return None
-    # DeBERTa may add a convolution of the embeddings to what leaves its first block.
-    if getattr(config, "conv_kernel_size", 0):
+    # DeBERTa may add a convolution of the embeddings to what leaves its first block. BLOOM's biases have
+    # rows times heads; the other two give what leaves the last block the shape of the token ids.
+    if getattr(config, "conv_kernel_size", 0) or config.model_type in ("bloom", "gpt_bigcode", "openai-gpt"):
         return None
     if path.startswith(f"{inside}decoder."):  # OPT's language model calls its backbone's decoder itself
         backbone = backbone.decoder
