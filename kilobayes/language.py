@@ -14,6 +14,7 @@ from torch import nn
 from kilobayes import host, parametrise, store
 from kilobayes.decode import generate
 from kilobayes.errors import KilobayesError
+from kilobayes.host.compact import FILE, load_compact
 from kilobayes.hub import first_line
 from kilobayes.metrics.agreement import agreement
 from kilobayes.models import Base, fingerprint, load_causal
@@ -194,12 +195,15 @@ def _adapter(folder: Path, model: str | None, dtype: str, device: str) -> tuple[
         raise KilobayesError(
             f"{folder} does not continue texts", f"task_type {config['task_type']}", "name a language model's"
         )
-    if not (folder / "adapter_model.safetensors").is_file():
+    compact = (folder / FILE).is_file() and not (folder / "adapter_model.safetensors").is_file()
+    if not compact and not (folder / "adapter_model.safetensors").is_file():
         raise KilobayesError(f"{folder} has no adapter_model.safetensors", remedy="copy the folder whole")
     name = model or config.get("base_model_name_or_path")
     if not name:
         raise KilobayesError(f"{folder} names no base model", remedy="name it with --model")
     base = load_causal(str(name), dtype=dtype, device=device)
+    if compact:
+        return base, load_compact(base.model, folder).eval()
     try:
         return base, PeftModel.from_pretrained(base.model, str(folder)).eval()  # type: ignore[arg-type]
     except Exception as error:
