@@ -188,7 +188,10 @@ class Predicts(Protocol):
     """A posterior that predicts in its own way, not by running sampled weights (linearised Laplace)."""
 
     def logits(self, state: Any, energy: Energy, n: int, gen: Any) -> Tensor:
-        """Draws of the class scores ``(n, N, C)`` of the rows of ``energy``, its labels unused."""
+        """Draws of the class scores ``(n, N, C)`` of the rows of ``energy``, its labels unused.
+
+        There may be more than n where they cost next to nothing: whoever asks goes by the first axis.
+        """
         ...
 
 

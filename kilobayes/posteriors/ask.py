@@ -118,7 +118,10 @@ def count(posterior: Posterior, state: Any, samples: int) -> int:
 
 
 def logits(posterior: Posterior, state: Any, energy: Energy, n: int, gen: torch.Generator) -> Tensor:
-    """Class scores ``(n, N, C)`` of n draws on the rows of ``energy``, before :func:`transform`."""
+    """Class scores ``(n, N, C)`` of n draws, or more, on the rows of ``energy``, before :func:`transform`.
+
+    Linearised scores have at least as many draws as their posterior says: they cost next to nothing.
+    """
     if isinstance(posterior, Predicts):
         return posterior.logits(state, energy, n, gen)
     return energy.logits(draws(posterior, state, energy, n, gen))

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from kilobayes.posteriors.linearised import vertex
 from kilobayes.posteriors.temperature import best_temperature
+from kilobayes.search import vertex
 
 DRAWS = 8
 DECADES = range(-2, 9)  # precisions of the prior, as powers of ten

@@ -3,14 +3,14 @@ r"""Scores linear in the weights, and the prior's precision: what Laplace does w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from kilobayes.posteriors.curvature import Curvature
 from kilobayes.protocols import Jacobian
+from kilobayes.search import lowest, vertex
 from kilobayes.types import Params
 
 GRID = torch.logspace(-3, 7, 31, dtype=torch.double)  # precisions of the prior, nats per squared weight
@@ -73,23 +73,8 @@ def validated(batches: Iterator[tuple[Tensor, Tensor]], labels: Tensor, tempered
         for at, log_t in enumerate(temperatures):
             picked = (scores / math.exp(log_t)).log_softmax(dim=-1).gather(-1, index)[..., 0]
             total[:, at] -= (picked.double().logsumexp(dim=1) - math.log(scores.shape[1])).sum(dim=1)
-    lowest = [vertex(temperatures, row)[1] for row in total.tolist()]
-    return math.exp(vertex(GRID.log().tolist(), lowest)[0])
-
-
-def vertex(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
-    """The minimum of the parabola through the lowest of some evenly spaced points and its neighbours.
-
-    At an end it is that point.
-    """
-    at = min(range(len(ys)), key=ys.__getitem__)
-    if not 0 < at < len(ys) - 1:
-        return xs[at], ys[at]
-    before, here, after = ys[at - 1 : at + 2]
-    slope, bend = after - before, after - 2 * here + before
-    if bend <= 0:
-        return xs[at], here
-    return xs[at] - 0.5 * slope / bend * (xs[at + 1] - xs[at]), here - slope**2 / (8 * bend)
+    best = [vertex(temperatures, row)[1] for row in total.tolist()]
+    return math.exp(vertex(GRID.log().tolist(), best)[0])
 
 
 def evidence(found: Curvature, distance: float, precision: float) -> float:
@@ -103,11 +88,7 @@ def evidence(found: Curvature, distance: float, precision: float) -> float:
 
 def most_evident(found: Curvature, distance: float) -> float:
     """The precision of largest :func:`evidence`: a grid, then Brent's method in the best cell."""
-    grid = GRID.log().tolist()
-    at = max(range(len(grid)), key=lambda i: evidence(found, distance, math.exp(grid[i])))
-    bounds = (grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)])
-    loss: Callable[[float], float] = lambda x: -evidence(found, distance, math.exp(x))  # noqa: E731
-    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x)
+    return math.exp(lowest(lambda x: -evidence(found, distance, math.exp(x)), GRID.log().tolist()))
 
 
 def distance(theta: Params, center: Params) -> Tensor:

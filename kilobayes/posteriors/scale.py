@@ -26,7 +26,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from kilobayes.posteriors import ask
@@ -34,6 +33,7 @@ from kilobayes.posteriors.point import Point
 from kilobayes.posteriors.temperature import Temperature, best_temperature
 from kilobayes.posteriors.wrapping import Wrapping
 from kilobayes.protocols import Energy, Predicts
+from kilobayes.search import between, refined
 from kilobayes.tree import member, size, spread
 from kilobayes.types import Params, Posterior
 
@@ -170,16 +170,16 @@ def search(at: Callable[[float], Tensor], loss: Callable[[Tensor], float]) -> fl
     for _ in range(DOUBLINGS + 1):
         near = sorted(nodes)[-3:]
 
-        def between(root: float, near: list[float] = near) -> float:
-            weights = [math.prod((root - b) / (a - b) for b in near if b != a) for a in near]
-            return loss(torch.stack([w * nodes[a] for w, a in zip(weights, near, strict=True)]).sum(dim=0))
+        def within(root: float, near: list[float] = near) -> float:
+            parts = [w * nodes[a] for w, a in zip(between(near, root), near, strict=True)]
+            return loss(torch.stack(parts).sum(dim=0))
 
         grid = [near[0] + (near[2] - near[0]) * cell / 8 for cell in range(9)]
-        first = min(range(9), key=lambda cell: between(grid[cell]))
+        first = min(range(9), key=lambda cell: within(grid[cell]))
         if first < 8 or len(nodes) == 3 + DOUBLINGS:
             break
         nodes[2 * near[2]] = at(2 * near[2])
-    bounds = (grid[max(first - 1, 0)], grid[min(first + 1, 8)])
-    best = float(minimize_scalar(between, bounds=bounds, method="bounded", options={"xatol": 1e-2}).x)
-    nodes[best] = at(best)
+    best = refined(within, grid, first, 1e-2)
+    if best not in nodes:
+        nodes[best] = at(best)
     return min(nodes, key=lambda root: (loss(nodes[root]), abs(root - 1)))

@@ -13,13 +13,13 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from kilobayes.posteriors import ask
 from kilobayes.posteriors.point import Point
 from kilobayes.posteriors.wrapping import Wrapping
 from kilobayes.protocols import Energy
+from kilobayes.search import lowest
 from kilobayes.tree import size, spread
 from kilobayes.types import Params, Posterior
 
@@ -79,8 +79,5 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
         picked = scores.gather(-1, labels.expand(len(logits), -1)[..., None])[..., 0]
         return float(-picked.logsumexp(dim=0).mean())  # up to log S, which does not depend on T
 
-    grid = [cell / 4 for cell in range(-12, 13)]  # T = 1 among them, so the result is never worse than none
-    at = min(range(len(grid)), key=lambda i: nll(grid[i]))
-    bounds = (grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)])
-    found = minimize_scalar(nll, bounds=bounds, method="bounded", options={"xatol": 1e-6})
-    return math.exp(min(found.x, grid[at], key=nll))
+    # T = 1 is on the grid, so the result is never worse than none
+    return math.exp(lowest(nll, [cell / 4 for cell in range(-12, 13)]))

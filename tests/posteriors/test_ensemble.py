@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from kilobayes import tree
-from kilobayes.posteriors import SWAG, Ensemble, Point, Temperature, ask
+from kilobayes.posteriors import SWAG, Ensemble, Point, Scale, Temperature, ask
 from kilobayes.predict import Predictive
 from kilobayes.random import generator
 from kilobayes.testing.posteriors import observed, walk
@@ -58,6 +60,20 @@ def test_how_many_draws_prediction_takes() -> None:
     fitted = observed(gaussians, walk([1, 2, 3]))
     assert tree.size(gaussians.sample(fitted, ask.count(gaussians, fitted, 10), generator(1))) == 10
     assert tree.size(gaussians.sample(fitted, ask.count(gaussians, fitted, 2), generator(1))) == 3
+
+
+@pytest.mark.parametrize(("factors", "distinct"), [([0.0, 0.0, 0.0], 3), ([0.0, 4.0, 0.0], None)])
+def test_members_of_no_width_among_others(factors: list[float], distinct: int | None) -> None:
+    """One draw each where no member has any width; as long as one has, the mixture is continuous."""
+    method = Ensemble(Scale(SWAG(start=0.0, snapshots=9)), members=3)
+    fitted = observed(method, walk([1, 2, 3]))
+    state = dataclasses.replace(fitted, factor=torch.tensor(factors))
+    assert method.support(state) == distinct
+    drawn = tree.flat(method.sample(state, ask.count(method, state, 9), generator(1)))
+    assert len(drawn) == (distinct or 9)
+    center = tree.flat(method.mean(state))
+    for k, own in enumerate(drawn.chunk(3)):
+        assert bool((own == center[k]).all()) == (factors[k] == 0.0)
 
 
 def test_members_of_wrapped_posteriors() -> None:

@@ -281,14 +281,6 @@ def test_a_full_matrix_over_too_much_is_refused_before_training() -> None:
         Laplace(structure="full").init({"x/A": torch.zeros(1, 50, 100)}, generator(1))
 
 
-def test_vertex_of_a_parabola() -> None:
-    xs = [0.5 * i for i in range(9)]
-    found = linearised.vertex(xs, [3.0 * (x - 1.3) ** 2 - 7.0 for x in xs])
-    assert found == pytest.approx((1.3, -7.0))
-    assert linearised.vertex(xs, [-x for x in xs]) == (4.0, -4.0)
-    assert linearised.vertex(xs, [1.0] * 9) == (0.0, 1.0)
-
-
 def test_tempered_validation_looks_after_the_best_temperature() -> None:
     """Scores three times too large: a weak prior hides that; a temperature leaves nothing to hide."""
     gen = generator(8)
