@@ -27,6 +27,24 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def recomputing(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Within it, a transformers model recomputes its blocks in the backward pass, if wanted.
+
+    transformers renamed the switch in 5.23, and takes the old name away in 6.
+    """
+    if not wanted:
+        yield
+        return
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+    getattr(base, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(base, f"{name}_checkpointing_disable")()
+
+
+@contextmanager
 def checkpointing(model: nn.Module) -> Iterator[None]:
     """Within it, layers set to gradient checkpointing obey although the model is in evaluation mode.
 

@@ -21,6 +21,7 @@ from kilobayes.errors import KilobayesError
 from kilobayes.metrics.conformal import Calibration, missing
 from kilobayes.metrics.cost import measure
 from kilobayes.models import Base, fingerprint
+from kilobayes.modes import recomputing
 from kilobayes.optim import AdamW
 from kilobayes.options import Options
 from kilobayes.posteriors import ask
@@ -173,9 +174,7 @@ def fit_examples(
             stack.enter_context(host.read_token(model))
             stack.enter_context(host.real_tokens(model))
             stack.enter_context(task.within(model))
-            if options.gradient_checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
-                stack.callback(model.gradient_checkpointing_disable)
+            stack.enter_context(recomputing(model, options.gradient_checkpointing))
             trained = chunks.fit(
                 model,
                 Rows(task, encoded),

@@ -21,6 +21,7 @@ from kilobayes.host.vocabulary import HiddenHead, check_output, hidden_states
 from kilobayes.metrics.cost import measure
 from kilobayes.metrics.language import TokenScores
 from kilobayes.models import fingerprint, load_causal
+from kilobayes.modes import recomputing
 from kilobayes.options import Options
 from kilobayes.posteriors import ask
 from kilobayes.predict_lm import token_scores
@@ -142,9 +143,7 @@ def fit_documents(
             stack.enter_context(host.packed(model))
             stack.enter_context(host.real_tokens(model))
             head = stack.enter_context(hidden_states(model))
-            if options.gradient_checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
-                stack.callback(model.gradient_checkpointing_disable)
+            stack.enter_context(recomputing(model, options.gradient_checkpointing))
             trained = chunks.fit(
                 model,
                 TokenRows(task, tokens),

@@ -171,7 +171,6 @@ def examples(count: int, seed: int) -> Examples:
     return Examples([row["text"] for row in found], None, labels, small.LABELS)
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_looking_does_not_change_the_training(checkpointing: bool) -> None:
     """Against SWA at the same rates: losses bit for bit; the remembered score is the one predictions have."""
