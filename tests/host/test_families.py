@@ -14,6 +14,7 @@ from kilobayes.decode import generate
 from kilobayes.errors import KilobayesError
 from kilobayes.host import unpad
 from kilobayes.host.answers import answers
+from kilobayes.host.pairing import shared_prefix
 from kilobayes.posteriors import SWAG
 from kilobayes.random import generator
 from kilobayes.sampling import Sampling
@@ -74,6 +75,8 @@ def test_where_adapters_go(kind: str) -> None:
         assert sorted({site.name.rpartition(".")[2] for site in host.sites(model)}) == expected
         assert bool(host.heads(model)) == (kind in FAMILIES)
         assert not host.uncovered(model)
+        if targets is None:
+            assert (shared_prefix(model) is not None) == (kind not in ("albert", "deberta_conv", "t5"))
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=["lora", "hydra", "vblora"])
@@ -190,6 +193,7 @@ def test_experts_are_refused_and_what_is_around_them_is_not(kind: str) -> None:
             get_peft_model(make(kind), config(kind, target_modules=[target]))
     model, inputs = hosted(kind, stack=S, target_modules="all-linear"), batch(kind)
     assert not any(".experts." in site.name for site in host.sites(model))
+    assert shared_prefix(model) is not None
     with torch.no_grad(), host.outer(model, S):
         together = model(**inputs).logits
     close(together, loop(model, inputs, S))
