@@ -106,6 +106,11 @@ def spread(k: int, n: int) -> Tensor:
     return torch.arange(n) * k // n if n >= k else torch.arange(n)
 
 
+def shares(members: int, n: int) -> list[int]:
+    """How many of n draws come from each member."""
+    return torch.bincount(spread(members, n), minlength=members).tolist()  # type: ignore[no-any-return]
+
+
 def flatten_state(state: Any, prefix: str = "") -> dict[str, Tensor]:
     """A state's tensors under names such as ``mean|site/leaf``; nested states nest with ``|``."""
     out: dict[str, Tensor] = {}

@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from torch import Tensor
+import torch
 
+from kilobayes.posteriors import ask
+from kilobayes.posteriors.linearised import hessian_root
 from kilobayes.posteriors.temperature import best_temperature
+from kilobayes.protocols import Energy, Jacobian, SamplesLabels
 from kilobayes.search import vertex
+from kilobayes.types import Params, Posterior
 
 DRAWS = 8
 DECADES = range(-2, 9)  # precisions of the prior, as powers of ten
 WORST = 1e6  # nats of scores that overflowed
 
 
-def validated(at: Callable[[float], Tensor], labels: Tensor, tempered: bool) -> float:
+def derivatives(
+    energy: Energy, theta: Params, keys: Sequence[str], gen: torch.Generator
+) -> Iterator[Jacobian]:
+    """Rows' derivatives whose outer products sum to the Gauss-Newton matrix: exact, or at sampled labels."""
+    if isinstance(energy, SamplesLabels):
+        return energy.sampled(theta, keys, gen)
+    return energy.jacobians(theta, keys, hessian_root)
+
+
+def validated(
+    posterior: Posterior, at: Callable[[float], Any], energy: Energy, gen: torch.Generator, tempered: bool
+) -> float:
     """The precision of lowest NLL of the averaged probabilities.
 
     Decades first, then thirds of a decade around the best, then the vertex of a parabola.
 
     Args:
-        at: scores ``(n, N, C)`` at a precision, with the same noise for each.
+        at: the posterior's state at a precision; every one is drawn from with the same noise.
         tempered: after the best temperature for each precision, not as they are.
     """
     known: dict[int, float] = {}
+    noise, own = gen.get_state(), energy.labels
 
     def loss(third: int) -> float:
         if third not in known:
-            scores = at(10.0 ** (third / 3))
-            own = labels.to(scores.device)
+            fresh = torch.Generator().set_state(noise)
+            scores = energy.logits(ask.draws(posterior, at(10.0 ** (third / 3)), energy, DRAWS, fresh))
             if not scores.isfinite().all():
                 known[third] = WORST
             else:

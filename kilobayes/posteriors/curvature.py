@@ -11,6 +11,7 @@ and both cost nothing once F is there. How it is found: :mod:`kilobayes.posterio
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,3 +132,8 @@ def matrices(leaves: Params) -> Params:
 def joint(leaves: Params) -> Params:
     """All leaves ``(B, R, ...)`` in one block ``(B, R, 1, P)``."""
     return {"*": torch.cat([v.flatten(2) for _, v in sorted(leaves.items())], dim=2)[:, :, None]}
+
+
+def curvature_of(state: Any, k: int) -> Curvature:
+    """The curvature of one member of a state that has ``left``, ``right`` and ``values`` ``(K, ...)``."""
+    return Curvature(*(map_params(lambda v: v[k], p) for p in (state.left, state.right, state.values)))

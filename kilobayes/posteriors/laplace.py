@@ -34,7 +34,7 @@ from torch import Tensor
 
 from kilobayes import tree
 from kilobayes.posteriors import ask, by_draws, linearised
-from kilobayes.posteriors.curvature import Curvature
+from kilobayes.posteriors.curvature import Curvature, curvature_of
 from kilobayes.posteriors.gauss_newton import LARGEST, gauss_newton
 from kilobayes.protocols import Energy, SamplesLabels
 from kilobayes.tree import clone, map_params, member, size, spread
@@ -128,14 +128,11 @@ class Laplace:
 
     def _fit(self, state: LaplaceState, energy: Energy, gen: torch.Generator) -> LaplaceState:
         keys = self.keys(state.theta)
-        if isinstance(train := energy.train, SamplesLabels):
-            stream = train.sampled(state.theta, keys, gen)
-        else:
-            stream = train.jacobians(state.theta, keys, linearised.hessian_root)
-        found = gauss_newton(self.structure, stream, len(train.labels), self.rank, gen)
+        stream = by_draws.derivatives(energy.train, state.theta, keys, gen)
+        found = gauss_newton(self.structure, stream, len(energy.train.labels), self.rank, gen)
         if self.prior == "validation" and isinstance(energy, SamplesLabels):
-            at = partial(self._at, state, found, energy, gen.get_state())
-            precision = by_draws.validated(at, energy.labels, self.tempered)
+            at = partial(_fitted, state.theta, found)
+            precision = by_draws.validated(self, at, energy, gen, self.tempered)
         elif self.prior == "validation":
             draws = self._draws(found, state.theta, linearised.GRID, energy, self.samples, gen)
             precision = linearised.validated(draws, energy.labels, self.tempered)
@@ -145,14 +142,6 @@ class Laplace:
         else:
             precision = float(self.prior)
         return _fitted(state.theta, found, precision)
-
-    def _at(
-        self, state: LaplaceState, found: Curvature, energy: Energy, noise: Tensor, precision: float
-    ) -> Tensor:
-        """Scores of sampled weights under a precision of the prior, with the same noise for all."""
-        gen = torch.Generator().set_state(noise)
-        fitted = _fitted(state.theta, found, precision)
-        return energy.logits(ask.draws(self, fitted, energy, by_draws.DRAWS, gen))
 
     def _draws(
         self, found: Curvature, theta: Params, grid: Tensor, energy: Energy, n: int, gen: torch.Generator
@@ -164,7 +153,7 @@ class Laplace:
         if not self.linearised or not state.values:
             return energy.logits(ask.draws(self, state, energy, n, gen))
         draws = []
-        for k, count in enumerate(shares(size(state.theta), max(n, self.samples))):
+        for k, count in enumerate(tree.shares(size(state.theta), max(n, self.samples))):
             own, theta = state.precision[k : k + 1], member(state.theta, k)
             batches = list(self._draws(curvature_of(state, k), theta, own, energy, count, gen))
             order = torch.cat([rows for rows, _ in batches]).argsort()
@@ -177,7 +166,7 @@ class Laplace:
             return theta
         steps = []
         like = {key: theta[key] for key in self.keys(theta)}
-        for k, count in enumerate(shares(size(state.theta), n)):
+        for k, count in enumerate(tree.shares(size(state.theta), n)):
             noise = {key: torch.randn(1, count, *v.shape[1:], generator=gen) for key, v in like.items()}
             found = curvature_of(state, k)
             blocks = found.root(found.blocks(noise), float(state.precision[k]))
@@ -195,13 +184,3 @@ class Laplace:
 def _fitted(theta: Params, found: Curvature, precision: float) -> LaplaceState:
     left, right, values = (map_params(lambda v: v[None].cpu(), p) for p in found.parts())
     return LaplaceState(theta, {}, left, right, values, torch.tensor([precision]))
-
-
-def curvature_of(state: LaplaceState, k: int) -> Curvature:
-    """The curvature of one member."""
-    return Curvature(*(map_params(lambda v: v[k], p) for p in (state.left, state.right, state.values)))
-
-
-def shares(members: int, n: int) -> list[int]:
-    """How many of n draws come from each member."""
-    return torch.bincount(spread(members, n), minlength=members).tolist()

@@ -47,7 +47,8 @@ class Documents:
         """At most so many rows: a random subset in the order of the source."""
         if limit is None or limit >= len(self):
             return self
-        return self.take(sorted(np.random.default_rng(seed).permutation(len(self))[:limit]))
+        gen = np.random.default_rng(seed)
+        return self.take(sorted(gen.permutation(len(self))[:limit]))
 
     def held_out(self, share: float, seed: int) -> tuple[Documents, Documents]:
         """The rows to train on and those held out: a share below 1, or a number.
@@ -62,7 +63,8 @@ class Documents:
                 "both sides need at least one row",
                 f"give --calibration a number from 1 to {max(len(self) - 1, 1)}, a file, or 0",
             )
-        order = np.random.default_rng(seed).permutation(len(self))
+        gen = np.random.default_rng(seed)
+        order = gen.permutation(len(self))
         return self.take(sorted(order[count:])), self.take(sorted(order[:count]))
 
 
