@@ -51,7 +51,7 @@ def check(options: Options, *, as_json: bool) -> None:
         "adapter": options.adapter,
         "posterior": options.posterior,
         "classes": splits.train.classes,
-        **({} if splits.train.prompt is None else {"template": splits.train.prompt.template}),
+        **({} if splits.train.prompt is None else {"template": splits.train.prompt.shown}),
         "training_rows": len(splits.train),
         "calibration_rows": len(splits.calibration or []),
         "test_rows": len(splits.test),

@@ -44,6 +44,11 @@ class Prompt:
             )
 
     @property
+    def shown(self) -> str:
+        """The template on one line, as ``--template`` takes it."""
+        return self.template.replace("\n", "\\n")
+
+    @property
     def spelled(self) -> str:
         """The answers as ``--answers`` takes them."""
         return next((word for word, kind in SCORINGS.items() if kind == self.scoring), ",".join(self.answers))

@@ -158,7 +158,7 @@ def facts(options: Options, splits: Splits) -> dict[str, Any]:
     out = {
         "source": options.data or "in memory",
         "classes": ", ".join(splits.train.classes),
-        **({} if splits.train.prompt is None else {"template": splits.train.prompt.template}),
+        **({} if splits.train.prompt is None else {"template": splits.train.prompt.shown}),
         "training rows": len(splits.train),
         "calibration rows": len(splits.calibration or []),
         f"rows evaluated ({splits.test_name})": len(splits.test),

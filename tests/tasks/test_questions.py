@@ -65,6 +65,8 @@ def test_templates() -> None:
     found = load_questions(rows, template="{{Say}}: {q} {n}\\n(A) {option1} (B) {option2}\\nSo")
     assert (found.prompt.head, found.prompt.cue) == ("{Say}: ", "\nSo")
     assert found.texts == ["why 3\n(A) a (B) b"]
+    again = load_questions(rows, template=found.prompt.shown)
+    assert again.prompt == found.prompt
     named = load_questions(rows, text_column="q")
     assert named.texts == ["why\nA. a\nB. b"]
     bare = load_questions(["one", "two"], prompt=Prompt("{sentence}\nAnswer:", ("a", "b")), need_labels=False)
