@@ -62,6 +62,36 @@ def test_a_run_is_written_loaded_and_evaluated(tmp_path: Path, capsys: pytest.Ca
     assert printed["split"] == "test"
 
 
+def test_the_command_line_checks_trains_and_generates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = options(data(tmp_path), posterior="Point()", epochs=1)
+    names = ("data", "model", "task", "out", "adapter", "epochs", "posterior", "max_length", "calibration")
+    flags = [f"--{n.replace('_', '-')}={getattr(made, n)}" for n in names]
+    assert command(["check", *flags, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["form"], told["training_rows"], told["test_split"]) == ("text", 20, "test")
+    assert command(["train", *flags, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["bits_per_byte"][0] > 0
+    assert command(["generate", made.out, "--prompt", "ab", "--max-new-tokens", "3"]) == 0
+    assert (
+        command(
+            [
+                "evaluate",
+                made.out,
+                "--data",
+                str(tmp_path),
+                "--ood",
+                str(tmp_path),
+                "--out",
+                str(tmp_path / "e"),
+            ]
+        )
+        == 0
+    )
+    assert "ood_auroc" in json.loads((tmp_path / "e" / "metrics.json").read_text())["metrics"]
+
+
 def test_training_lowers_the_loss_and_packing_loses_nothing(tmp_path: Path) -> None:
     data(tmp_path)
     rows, test = load_documents(tmp_path, "train"), load_documents(tmp_path, "test")
@@ -88,7 +118,7 @@ def test_a_killed_run_goes_on_to_the_same(tmp_path: Path) -> None:
             train(killed, watch=stop)
     resumed = train(
         options(tmp_path, posterior="SWAG(rank=2, snapshots=4)", out=str(tmp_path / "other"), resume=True)
-    )  # noqa: E501
+    )
     for name in ("posterior.safetensors", "adapter_model.safetensors"):
         ours, theirs = load_file(whole.folder / name), load_file(resumed.folder / name)
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
