@@ -7,6 +7,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request
@@ -110,6 +111,9 @@ class Work:
         loop = asyncio.get_running_loop()
         seed = secrets.randbits(62) if asked.seed is None else asked.seed
         settings, self.texts, self.shown = sampling(asked), [], []
+        if model.longest is not None:  # so that what cannot be written takes no room
+            most = min(settings.max_new_tokens, model.longest - min(map(len, prompts)))
+            settings = replace(settings, max_new_tokens=most)
         for at in range(len(prompts) * asked.n):
             row, number = divmod(at, asked.n)
             own = generator(seed, 9, row, number)  # as LanguageModel.generate has it

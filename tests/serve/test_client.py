@@ -24,7 +24,7 @@ def test_the_documented_client_works(shelf: Shelf, monkeypatch: pytest.MonkeyPat
     names: dict[str, Any] = {}
     exec(compile(code, str(PAGE), "exec"), names)
     with TestClient(application(shelf)) as client:
-        text, doubt = names["complete"](client, "once there was", model="one", max_tokens=5, seed=0)
+        text, doubt = names["complete"](client, "once there was", model="one", max_tokens=5, temperature=0)
         words = [token.strip() for token, _ in doubt]
         assert [word for word in words if not word.startswith("<")] == text.split()
         assert text
