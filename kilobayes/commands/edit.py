@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -73,7 +74,7 @@ def edit(
     means = run(
         model, facts, place, settings,
         adapter=adapter or PUBLISHED, targets=target_modules, sequential=sequential, limit=limit,
-        tokens=new_tokens, device=device, dtype=dtype,
+        tokens=new_tokens, device=device, dtype=dtype, watch=_progress(console.say),
     )  # fmt: skip
     console.say(f"{means['edits']} edits, {means['mode']}: share with teacher forcing, in free generation")
     for name in ("success", "generality", "portability", "locality", "kept"):
@@ -84,3 +85,16 @@ def edit(
     console.say(f"{place}; kilobayes edit --undo {place} takes the last one back")
     if json_:
         console.result({"run": str(place)} | means)
+
+
+def _progress(say: Any, seconds: float = 15.0) -> Any:
+    """Says how many edits are done, now and then."""
+    last = time.monotonic()
+
+    def watch(done: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > seconds:
+            last = time.monotonic()
+            say(f"{done} edits made")
+
+    return watch

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from kilobayes import host, tree
 from kilobayes.errors import KilobayesError
@@ -58,7 +58,7 @@ def edit_facts(
     sequential: bool = True,
     longest: int | None = None,
     tokens: int = 100,
-    watch: Callable[[int, Tensor], None] | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Edit a hosted model and score what came of it; the model's own parameters stay as they are.
 
@@ -66,7 +66,7 @@ def edit_facts(
         sequential: one after the other; else each alone.
         longest: tokens that the model takes.
         tokens: length of the texts that fluency is measured on; 0 measures none.
-        watch: called with the number of edits done and the losses of the last.
+        watch: called now and then with the number of edits done.
 
     Raises:
         KilobayesError: a prompt that does not fit, or an answer that the tokenizer does not know.
@@ -81,11 +81,11 @@ def edit_facts(
     before = ask(model, tokenizer, None, questions, stop, tokens)
     start, own = begin(model, [settings.seed]), [q.own for q in questions]
     if sequential:
-        states: list[Edited] = edit_in_turn(model, start, [own], settings, pad)
+        states: list[Edited] = edit_in_turn(model, start, [own], settings, pad, _first(watch))
         edited = joined(states)
         after = ask(model, tokenizer, tree.member(edited.theta, -1), questions, stop, tokens)
     else:
-        edited = edit_each(model, start, own, settings, pad, watch)
+        edited = edit_each(model, start, own, settings, pad, _first(watch))
         after = ask(model, tokenizer, edited.theta, questions, stop, tokens)
     records: list[dict[str, Any]] = [record(b, a) for b, a in zip(before, after)]
     if sequential:  # state s answers edit s's own prompt
@@ -107,6 +107,10 @@ def edit_facts(
     return Outcome(edited.theta, records, means)
 
 
+def _first(watch: Callable[[int], None] | None) -> Callable[[int, Any], None] | None:
+    return None if watch is None else lambda done, _: watch(done)
+
+
 def run(
     name: str,
     source: str | Path,
@@ -120,7 +124,7 @@ def run(
     tokens: int = 100,
     device: str = "auto",
     dtype: str = "float32",
-    watch: Callable[[int, Tensor], None] | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Edit a model by the facts of a file and write the folder; returns what ``metrics.json`` holds.
 
