@@ -125,13 +125,16 @@ class HiddenHead(nn.Module):
 
 @contextmanager
 def hidden_states(model: nn.Module) -> Iterator[HiddenHead]:
-    """Within it, a causal language model stops before its output matrix.
+    """Within it, a causal language model stops before its output matrix. Inside another, it is that one.
 
     Raises:
         KilobayesError: the output layer is adapted, quantised or trained, or there is none.
     """
     base: Any = base_of(model)
     head = base.get_output_embeddings()
+    if isinstance(head, HiddenHead):  # a posterior that looks at rows while it is trained
+        yield head
+        return
     if type(head) is not nn.Linear:
         found = "no such layer" if head is None else f"a {type(head).__name__}, adapted or trained"
         raise KilobayesError(

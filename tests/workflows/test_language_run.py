@@ -188,3 +188,19 @@ def load_causal_scores(made: Options, held: Documents) -> float:
             total += float(torch.nn.functional.cross_entropy(scores, torch.tensor(labels), reduction="sum"))
             assert IGNORED not in labels
     return total / sum(tokens.counted)
+
+
+@pytest.mark.parametrize(
+    "posterior",
+    [
+        "BLoB()", "MonteCLoRA()", "IVON()", "MCDropout(noise='token')", "ASWA()", "TFB(samples=2, rows=64)",
+        "Scale(SWAG(rank=2, snapshots=4))", "Temperature(Ensemble(MCDropout(), members=2))",
+    ],
+)  # fmt: skip
+def test_every_posterior_is_trained_and_scores_tokens(tmp_path: Path, posterior: str) -> None:
+    rows, held = (Documents("text", small_bytes.texts(n, n)) for n in (12, 4))
+    fitted = fit_documents(options(tmp_path, posterior=posterior, epochs=1), rows, held)
+    scores = fitted.scores(held)
+    assert np.isfinite(scores.nll).all()
+    assert (scores.information >= 0).all()
+    assert len(scores.nll) == sum(len(t) + 1 for t in held.rows)
