@@ -22,7 +22,7 @@ def post(served: Served, path: str, body: Any) -> httpx2.Response:
 
 
 def test_slow_clients_are_let_go_and_ending_loses_nothing_that_was_accepted(folder: Path) -> None:
-    with serve(folder, "--max-wait-ms", "1500", "--max-batch", "1000", "--timeout", "5") as served:
+    with serve(folder, "--max-wait-ms", "1500", "--max-batch", "1000", "--timeout", "8") as served:
         slow = socket.create_connection(("127.0.0.1", served.port))
         slow.settimeout(30)
         head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
