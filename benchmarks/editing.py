@@ -36,6 +36,7 @@ FULL = "full fine-tuning"
 ARMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "RoseLoRA, published": (PUBLISHED, (5e-4, 3e-3, 1e-2)),
     "RoseLoRA, no clamp": ("RoseLoRA(start=0.12, end=0.8, dropout=0.1)", (3e-3, 1e-2, 3e-2)),
+    "RoseLoRA, faster": ("RoseLoRA(start=0.12, end=0.8, dropout=0.1)", (1e-2,)),  # than its best rate
     "LoRA": ("LoRA(r=8, alpha=32, dropout=0.1)", (1e-3, 3e-3, 1e-2)),
     "LoRA-XS": ("LoRAXS(r=16)", (3e-3, 1e-2, 3e-2)),
     FULL: ("LoRA(r=1)", (3e-4, 1e-3, 3e-3)),  # hosted, then replaced by Whole

@@ -28,7 +28,7 @@ def table(held: dict[str, dict[str, Any]], mode: str) -> list[str]:
     """A row for each arm: teacher forcing / free generation."""
     head = ["arm", "rate", *(name for _, name in COLUMNS)]
     head += ["right after its edit"] if mode == "sequential" else []
-    head += ["fluency", "entries changed", "bytes"]
+    head += ["entries changed", "bytes"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for name, arm in held.items():
         if mode not in arm:
@@ -37,11 +37,7 @@ def table(held: dict[str, dict[str, Any]], mode: str) -> list[str]:
         cells = [name, f"{arm[f'rate_{mode}']:g}"]
         names = [key for key, _ in COLUMNS] + (["then"] if mode == "sequential" else [])
         cells += [f"{cell(runs, f'{key}_teacher')} / {cell(runs, f'{key}_free')}" for key in names]
-        cells += [
-            cell(runs, "fluency", 0),
-            f"{statistics.mean(r['changed'] for r in runs):.1%}",
-            f"{arm['bytes']:,}",
-        ]
+        cells += [f"{statistics.mean(r['changed'] for r in runs):.1%}", f"{arm['bytes']:,}"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -55,8 +51,6 @@ def write(a: argparse.Namespace, base: dict[str, Any], held: dict[str, dict[str,
     command += (
         f" --seeds {a.seeds} --steps {a.steps} --tuned-on {a.tuned_on} --tuned-in-turn {a.tuned_in_turn}"
     )
-    first = next(iter(held.values()))
-    before = first["single"][0]["fluency_before"]
     text = [
         "# Editing facts", "", f"    {command}", "",
         f"The base is a Llama of {base['parameters']:,} parameters, trained on {base['facts']} facts of CounterFact, three sentences each, "
@@ -64,7 +58,8 @@ def write(a: argparse.Namespace, base: dict[str, Any], held: dict[str, dict[str,
         f"{base['locality']:.0%} of those of locality). {a.edits} of these facts are edited to CounterFact's new answers, with at most "
         f"{a.steps} steps each, stopping at a loss below 0.1. Learning rates are chosen on other facts of the base, by the harmonic mean "
         f"of free success and teacher-forced locality. Cells are *teacher forcing / free generation*, means over {a.seeds} seeds ± their "
-        f"standard deviation. Fluency before any edit is {before:.0f}. Definitions: [Editing facts](../editing.md).", "",
+        f"standard deviation. Texts of this base end after the answer, so fluency says nothing here. The scores are "
+        "defined in [Editing facts](../editing.md).", "",
         "## Single edits, each from the unedited model", "", *table(held, "single"), "",
     ]  # fmt: skip
     if any("sequential" in arm for arm in held.values()):
