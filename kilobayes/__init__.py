@@ -25,6 +25,7 @@ _WHERE = {
     "Temperature": "kilobayes.posteriors",
     "adopt": "kilobayes.host.adopt",
     "calibrate": "kilobayes.api",
+    "combine": "kilobayes.api",
     "compare": "kilobayes.api",
     "export_compact": "kilobayes.host.compact",
     "export_lora": "kilobayes.host.export",

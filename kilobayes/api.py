@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kilobayes.card import Card, read_card
+from kilobayes.errors import KilobayesError
 from kilobayes.estimator import Classifier
 from kilobayes.language import LanguageModel
 from kilobayes.tasks.data import available_splits
+from kilobayes.workflows import arithmetic as _arithmetic
 from kilobayes.workflows import calibrate as _calibrate
 from kilobayes.workflows import compare as _compare
 from kilobayes.workflows.calibration_rows import Sources
 from kilobayes.workflows.data import first_test, reads
+from kilobayes.workflows.terms import parse
 
 
 def load(folder: str | Path, *, model: str | None = None, device: str = "auto") -> Any:
@@ -70,6 +73,40 @@ def calibrate(
     for note in done.notes:
         warnings.warn(note, stacklevel=2)
     return Classifier.around(done.fitted, model, device)
+
+
+def combine(
+    terms: Mapping[str | Path, float] | str,
+    out: str | Path,
+    *,
+    how: str = "auto",
+    rank: int | None = None,
+    head: str | Path = "",
+    posterior: str = "auto",
+    samples: int | None = None,
+    model: str | None = None,
+    device: str = "auto",
+) -> Any:
+    """A sum of runs, written to ``out`` and loaded: averages, interpolations, task vectors.
+
+    So ``kb.combine({"runs/a": 0.5, "runs/b": 0.5}, "runs/mean")``; options as in
+    :func:`kilobayes.workflows.arithmetic.combine`.
+
+    Args:
+        terms: coefficients by folder, or text as ``"0.5*runs/a + 0.5*runs/b"``.
+
+    Raises:
+        KilobayesError: ``out`` holds a run, or runs that do not go together.
+    """
+    if (Path(out) / "posterior.json").exists():
+        raise KilobayesError(f"{out} holds a run already", remedy="name another folder")
+    found = parse(terms) if isinstance(terms, str) else {str(name): float(c) for name, c in terms.items()}
+    done = _arithmetic.combine(
+        found, how=how, rank=rank, head=str(head), posterior=posterior, samples=samples, model=model,
+        device=device,
+    )  # fmt: skip
+    _arithmetic.write(done, Path(out), found, str(head))
+    return load(out, model=model, device=device)
 
 
 def compare(

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kilobayes.commands import shell
+from kilobayes.commands.arithmetic import arithmetic
 from kilobayes.commands.calibrate import calibrate
 from kilobayes.commands.edit import edit
 from kilobayes.commands.export import export
@@ -181,6 +182,7 @@ def thin(
     command.thin(run, bytes_, how, out, model, as_json=json_)
 
 
+app.command()(arithmetic)
 app.command()(calibrate)
 app.command()(edit)
 app.command()(serve)
