@@ -46,7 +46,8 @@ def test_saved_merged_and_switched_off(name, kind, tmp_path):
     before = model(**inputs).logits
     model.save_pretrained(tmp_path)
     back = PeftModel.from_pretrained(make(kind), tmp_path)
-    assert torch.equal(back(**inputs).logits, before)
+    assert not tree.first_difference(host.read(back), host.read(model))
+    close(back(**inputs).logits, before, 1e-5)  # decompositions of the base may differ in their last bits
     with model.disable_adapter():
         off = model(**inputs).logits
     base = make(kind)
