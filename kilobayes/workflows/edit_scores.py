@@ -200,10 +200,12 @@ def ask(
     each = iter(found)
     out = []
     for q, text in zip(questions, written or [""] * len(questions), strict=True):
-        groups = {
-            name: [Answered(pair.answer, *next(each), pair.text, kind) for kind, pair in group]
-            for name, group in q.groups.items()
-        }
+        groups: dict[str, list[Answered]] = {}
+        for name, group in q.groups.items():
+            groups[name] = []
+            for kind, pair in group:
+                best, free, said = next(each)
+                groups[name].append(Answered(pair.answer, best, free, said, pair.text, kind))
         out.append(Told(groups, text))
     return out
 
