@@ -53,7 +53,9 @@ def attach(base: Base, options: Options) -> PeftModel:
         return get_peft_model(bare, config)  # type: ignore[return-value]
     except ValueError as error:  # PEFT's own, where the choice of modules leaves none
         raise KilobayesError(
-            "the adapter fits nowhere in this model", first_line(error), "check --target-modules and --layers"
+            "the adapter does not fit this model",
+            first_line(error).removeprefix("ValueError: "),
+            "check --adapter, --target-modules and --layers",
         ) from None
 
 
