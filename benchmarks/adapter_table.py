@@ -147,19 +147,29 @@ def curves(found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 
 
 def chart(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
-    """Bytes against score, a panel for each data set."""
-    figure, axes = plt.subplots(1, len(found), figsize=(3.2 * len(found), 3.4), squeeze=False)
-    for axis, (data, arms) in zip(axes[0], found.items(), strict=True):
-        for arm, entry in arms.items():
-            mean, half = interval([run["test"]["score"] for run in chosen(entry)[1]])
-            axis.errorbar(size_of(entry), mean, yerr=half, fmt="o", markersize=4, capsize=2)
-            axis.annotate(arm, (size_of(entry), mean), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    """Bytes against score, a panel for each data set that has more than a baseline; a colour an adapter."""
+    shown = {data: arms for data, arms in found.items() if len(arms) > 2}
+    names = sorted({arm for arms in shown.values() for arm in arms})
+    colours = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))
+    figure, axes = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 3.6), squeeze=False)
+    for axis, (data, arms) in zip(axes[0], shown.items(), strict=True):
+        for arm in names:
+            if arm in arms:
+                mean, half = interval([run["test"]["score"] for run in chosen(arms[arm])[1]])
+                place = (size_of(arms[arm]), mean)
+                axis.errorbar(
+                    *place, yerr=half, fmt="o", markersize=5, capsize=2, color=colours[arm], label=arm
+                )
         axis.set_xscale("log")
-        axis.set_title(data, fontsize=9)
-        axis.set_xlabel("bytes of the compact file's tensors", fontsize=7)
-        axis.set_ylabel(SCORES[data], fontsize=7)
-        axis.tick_params(labelsize=7)
-    figure.tight_layout()
+        axis.set_xlim(1e3, 1e6)
+        axis.set_title(data, fontsize=10)
+        axis.set_xlabel("bytes of the compact file's tensors", fontsize=8)
+        axis.set_ylabel(SCORES[data], fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    handles, labels = max((a.get_legend_handles_labels() for a in axes[0]), key=lambda pair: len(pair[1]))
+    figure.legend(handles, labels, loc="lower center", ncol=5, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
