@@ -187,12 +187,8 @@ def fit_examples(
                 save=save,
                 watch=watch,
             )
-        state = trained.state
-        if trained.diverged:  # members that blew up are not pooled with those that learned
-            learned = [m for m in range(len(seeds)) if m not in trained.diverged]
-            state = state_member(state, torch.tensor(learned))
         # predicts as any prediction does, so it brings its own contexts
-        state = ask.fit(posterior, state, energy, generator(options.seed, 6))
+        state = ask.fit(posterior, learned(trained, len(seeds)), energy, generator(options.seed, 6))
     card = store.Card(
         posterior=repr(posterior),
         adapter=repr(host.method(model)),
@@ -211,6 +207,12 @@ def fit_examples(
     numbers = sum(v[0].numel() for v in host.read(model).values())
     cost = dict(cost) | {"trained_bytes": 4.0 * numbers * len(seeds)}
     return Fitted(model, task, posterior, state, card, encoded.truncated, trained, cost)
+
+
+def learned(trained: train.Trained, members: int) -> Any:
+    """The state without members that blew up: they are not pooled with those that learned."""
+    kept = [member for member in range(members) if member not in trained.diverged]
+    return trained.state if len(kept) == members else state_member(trained.state, torch.tensor(kept))
 
 
 def fingerprint_of(base: Base) -> str:

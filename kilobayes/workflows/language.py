@@ -30,11 +30,10 @@ from kilobayes.step import Nll
 from kilobayes.tasks.lm import Language, TokenRows
 from kilobayes.tasks.packing import Tokens, collate, pack
 from kilobayes.tasks.text import Documents
-from kilobayes.tree import state_member
 from kilobayes.types import Posterior, Progress
 from kilobayes.workflows import chunks
 from kilobayes.workflows.attach import attach, device_of, member_seeds, start
-from kilobayes.workflows.finetune import settings_of
+from kilobayes.workflows.finetune import learned, settings_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,11 +155,7 @@ def fit_documents(
                 save=save,
                 watch=watch,
             )
-        state = trained.state
-        if trained.diverged:  # members that blew up are not pooled with those that learned
-            learned = [m for m in range(len(seeds)) if m not in trained.diverged]
-            state = state_member(state, torch.tensor(learned))
-        state = ask.fit(posterior, state, energy, generator(options.seed, 6))
+        state = ask.fit(posterior, learned(trained, len(seeds)), energy, generator(options.seed, 6))
     card = store.Card(
         posterior=repr(posterior),
         adapter=repr(host.method(model)),
