@@ -6,7 +6,7 @@ the update of the plain factor-wise average by 89% (by 4e-7 after :func:`canonic
 factorisations of different updates are still not averaged by averaging their factors, :math:`\overline{B A}
 \neq \bar B \bar A`; :func:`average` therefore sums the updates themselves,
 
-.. math:: \sum_u w_{vu} B_u A_u = [w_{v1} B_1, \dots, w_{vU} B_U]\,[A_1; \dots; A_U],
+.. math:: \sum_u w_{vu} B_u A_u = [w_{v1} B_1, \ldots, w_{vU} B_U]\,[A_1; \ldots; A_U],
 
 which has rank at most U r, and cuts that to a wanted rank by its leading singular vectors, the best there is
 (Eckart and Young, 1936). No matrix of the size of a weight is ever formed: two QR decompositions of thin
