@@ -6,7 +6,6 @@ configuration and the base: seeds, projections, decompositions.
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,6 @@ def export_compact(
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"kilobayes": __version__, "adapter": repr(adapter), "dtype": dtype}
-    about["sites"] = json.dumps(len(places))
     write_atomically(folder / FILE, packed | held | {"check": check}, about)
     model.peft_config[name].save_pretrained(str(folder))  # type: ignore[union-attr, index]
     back = parametrise.unpack(adapter, widen(packed), places, own) | head

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kilobayes.adapters.vblora import NEVER, VBLoRA
 from kilobayes.errors import KilobayesError
+from kilobayes.host.export import PREFIX
 from kilobayes.types import Params
 
-PREFIX = "base_model.model."
 BANK = "base_model.vblora_vector_bank"
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kilobayes.adapters.vera import VeRA, projections
 from kilobayes.errors import KilobayesError
+from kilobayes.host.export import PREFIX
 from kilobayes.types import Params
 
-PREFIX = "base_model.model."  # what PEFT puts before every name of the base
 SHARED = ("base_model.vera_A", "base_model.vera_B")
 LEAVES = {"vera_lambda_b": "b", "vera_lambda_d": "d"}
 
