@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,11 +110,21 @@ class Log:
 
     A killed run may lose its last lines, and a resumed one repeats some; so the file is written anew from the
     losses that the checkpoint carries.
+
+    Args:
+        watch: told of every step too.
     """
 
-    def __init__(self, path: Path, resume: bool) -> None:
-        self.path = path
+    def __init__(self, path: Path, resume: bool, watch: Callable[[Any, Any], None] | None = None) -> None:
+        self.path, self.watch, self.planned = path, watch, 0
         self.file = open(path, "a" if resume else "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def __call__(self, progress: Any, loss: Any) -> None:
+        """A step's line, as the training loop tells of it."""
+        self.planned = progress.steps
+        self.add(progress.step, progress.steps, loss.tolist())
+        if self.watch is not None:
+            self.watch(progress, loss)
 
     def add(self, step: int, steps: int, losses: Sequence[float]) -> None:
         self.file.write(json.dumps(_line(step, steps, losses)) + "\n")
@@ -122,11 +132,12 @@ class Log:
     def close(self) -> None:
         self.file.close()
 
-    def whole(self, losses: Sequence[Sequence[float]], steps: int) -> None:
+    def whole(self, losses: Sequence[Sequence[float]]) -> None:
         """Write every step's line, from all losses ``(steps taken, members)``."""
         from kilobayes.files import write_lines
 
         self.close()
+        steps = self.planned or len(losses)
         write_lines(self.path, [_line(i, steps, row) for i, row in enumerate(losses, 1)])
 
 

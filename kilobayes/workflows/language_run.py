@@ -67,29 +67,21 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(folder / "run.yaml", options)
     write_json(folder / "env.json", versions() | {"command": command()})
-    log, planned = Log(folder / "log.jsonl", options.resume), 0
+    log = Log(folder / "log.jsonl", options.resume, watch)
     texts.notes.extend(
         ["The run was resumed: seconds and memory are those since."]
         if options.resume and (folder / CHECKPOINT).exists()
         else []
     )
 
-    def logged(progress: Any, loss: Any) -> None:
-        nonlocal planned
-        planned = progress.steps
-        log.add(progress.step, progress.steps, loss.tolist())
-        if watch is not None:
-            watch(progress, loss)
-
     try:
         fitted = fit_documents(
-            options, texts.train, texts.calibration, checkpoint=folder / CHECKPOINT, watch=logged
+            options, texts.train, texts.calibration, checkpoint=folder / CHECKPOINT, watch=log
         )
     finally:
         log.close()
     if fitted.trained is not None:
-        losses = fitted.trained.losses.tolist()
-        log.whole(losses, planned or len(losses))
+        log.whole(fitted.trained.losses.tolist())
     sizes = store.save(folder, fitted.model, fitted.posterior, fitted.state, fitted.card)
     cost = fitted.cost | {"stored_bytes": float(sizes["checkpoint"] + sizes["posterior"])}
     fitted = replace(fitted, cost=cost)

@@ -71,28 +71,18 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(folder / "run.yaml", options)
     write_json(folder / "env.json", evaluation.versions() | {"command": evaluation.command()})
-    log = Log(folder / "log.jsonl", options.resume)
+    log = Log(folder / "log.jsonl", options.resume, watch)
     resumed = ["The run was resumed: seconds and memory are those since."]
     resumed = resumed if options.resume and (folder / CHECKPOINT).exists() else []
-    planned = 0
-
-    def logged(progress: Any, loss: Any) -> None:
-        nonlocal planned
-        planned = progress.steps
-        log.add(progress.step, progress.steps, loss.tolist())
-        if watch is not None:
-            watch(progress, loss)
-
     try:
         with own_warnings() as warned:
             fitted = fit_examples(
-                options, splits.train, splits.calibration, checkpoint=folder / CHECKPOINT, watch=logged
+                options, splits.train, splits.calibration, checkpoint=folder / CHECKPOINT, watch=log
             )
     finally:
         log.close()
     if fitted.trained is not None:
-        losses = fitted.trained.losses.tolist()
-        log.whole(losses, planned or len(losses))
+        log.whole(fitted.trained.losses.tolist())
     sizes = store.save(folder, fitted.model, fitted.posterior, fitted.state, fitted.card)
     fitted = fitted.calibrated(splits.calibration)
     conformal.write(folder, fitted.calibration)
