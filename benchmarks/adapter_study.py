@@ -54,7 +54,7 @@ ARMS = {
     "HydraLoRA": "HydraLoRA()",
     "B-LoRA": "BLoRA()",
 }
-TARGETS = {"q,v": "query,value", "all linear": r".*encoder.*\.(query|key|value|dense)"}
+TARGETS = {"q,v": "query,value", "all linear": "all-linear"}
 
 
 @dataclass(frozen=True, eq=False)
