@@ -33,6 +33,7 @@ OURS = {
     "RoseLoRA": "RoseLoRA()",
     "MoRA": "MoRA()",
     "HydraLoRA": "HydraLoRA()",
+    "B-LoRA": "BLoRA()",
 }
 THEIRS: dict[str, dict[str, Any]] = {
     "PEFT LoRA": {},

@@ -11,6 +11,7 @@ member it equals ``torch.optim.AdamW``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -64,14 +65,14 @@ def step(
     gradients: Params,
     rates: Tensor,
     count: int,
-    groups: dict[str, float],
+    groups: Mapping[str, float | Tensor],
 ) -> Tensor:
     """One step in place on ``theta`` and ``state``; returns the gradient norms before clipping ``(S,)``.
 
     Args:
         rates: learning rate of each member ``(S,)``; a member at 0 stays as it is, moments included.
         count: t, from 1.
-        groups: factors of the learning rate by key; 1 where absent.
+        groups: factors of the learning rate by key, one or one a member ``(S,)``; 1 where absent.
     """
     norm = norms(gradients)
     scale = (config.clip / norm).clamp(max=1.0) if config.clip else torch.ones_like(norm)
@@ -80,7 +81,7 @@ def step(
     for key, value in theta.items():
         across = (-1, *[1] * (value.dim() - 1))
         gradient = gradients[key] * scale.view(across)
-        rate = rates.view(across) * groups.get(key, 1.0)
+        rate = (rates * groups.get(key, 1.0)).view(across)
         # a member that diverged has rate 0 and NaN gradients: its moments and weights must stay as they were
         alive = rates.view(across) != 0
         gradient = torch.where(alive, gradient, torch.zeros_like(gradient))
