@@ -33,7 +33,7 @@ from kilobayes.predict import Rows, class_nll
 from kilobayes.tasks.classify import Classify
 from kilobayes.workflows.attach import attach, start
 
-ROWS = {"sst2": 300, "trec": 300}
+ROWS = {"sst2": 250, "trec": 250}
 BODY, HEAD = (0.25, 1.0, 4.0), (1.0, 4.0)
 LR = 2e-3
 
@@ -95,7 +95,7 @@ def main() -> None:
     p.add_argument("--arms", default=";".join(ARMS), help="adapters, separated by semicolons")
     p.add_argument("--cache", type=Path, default=Path("runs/factors"))
     p.add_argument("--seeds", type=int, default=2)
-    p.add_argument("--epochs", type=int, default=6)
+    p.add_argument("--epochs", type=int, default=4)
     p.add_argument("--validation", type=int, default=200)
     p.add_argument("--test-rows", type=int, default=1)
     p.add_argument("--max-length", type=int, default=48)
