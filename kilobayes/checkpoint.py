@@ -111,6 +111,19 @@ class Checkpoint:
         """
         if not self.resume or not self.path.exists():
             return None
+        try:
+            return self._restore(self.read(), posterior, theta, moments, streams)
+        except (KeyError, RuntimeError) as error:
+            raise KilobayesError(
+                f"{self.path} does not fit this run", f"{error}", "delete it, or train without --resume"
+            ) from None
+
+    def read(self) -> dict[str, Tensor]:
+        """What is in the file, under names such as ``theta|site/leaf``, ``state|...``, ``step``, ``losses``.
+
+        Raises:
+            KilobayesError: the checkpoint is of another run, missing or damaged.
+        """
         tensors, metadata = read_tensors(self.path)
         theirs, ours = json.loads(metadata.get("identity", "{}")), json.loads(json.dumps(self.identity))
         odd = sorted(k for k in set(theirs) | set(ours) if theirs.get(k) != ours.get(k))
@@ -120,12 +133,15 @@ class Checkpoint:
                 "; ".join(f"{k}: {theirs.get(k)} there, {ours.get(k)} here" for k in odd[:3]),
                 "resume with the same settings, or name another --out",
             )
-        try:
-            return self._restore(tensors, posterior, theta, moments, streams)
-        except (KeyError, RuntimeError) as error:
-            raise KilobayesError(
-                f"{self.path} does not fit this run", f"{error}", "delete it, or train without --resume"
-            ) from None
+        return tensors
+
+    def change(self, changed: Mapping[str, Tensor]) -> None:
+        """Put other tensors in the place of some, under names as :meth:`read` gives them, or beside them.
+
+        What is beside them is gone with the next :meth:`write`.
+        """
+        metadata = {"identity": json.dumps(self.identity, sort_keys=True)}
+        write_atomically(self.path, self.read() | dict(changed), metadata)
 
     def _restore(
         self,

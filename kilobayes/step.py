@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,6 +44,13 @@ def rows_of_step(seed: int, step: int, rows: int, batch: int) -> Tensor:
     per_epoch = -(-rows // batch)
     epoch, at = divmod(step, per_epoch)
     return order(seed, epoch, rows)[at * batch : (at + 1) * batch]
+
+
+def full_batch(seed: int, step: int, rows: int, batch: int) -> Tensor:
+    """Rows of a member in step ``step`` (from 0): full batches of its permutations, one after another."""
+    place = torch.arange(step * batch, (step + 1) * batch)
+    epochs = place // rows
+    return torch.cat([order(seed, int(e), rows)[place[epochs == e] % rows] for e in epochs.unique()])
 
 
 class Processes:
@@ -87,6 +94,7 @@ class Step:
         seeds: one per member: its data order.
         batch_size: rows of a member, over all processes.
         accumulate: micro-batches that they are split into.
+        own: the rows of each member, where these are not everyone's; then batches are full.
     """
 
     model: nn.Module
@@ -98,9 +106,17 @@ class Step:
     batch_size: int
     accumulate: int
     processes: Processes
+    own: Sequence[Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.method: Any = host.method(self.model)
+
+    def rows(self, step: int) -> list[Tensor]:
+        """Each member's rows in a step, from 0; equally many."""
+        if self.own is None:
+            return [rows_of_step(seed, step, len(self.data), self.batch_size) for seed in self.seeds]
+        pairs = zip(self.seeds, self.own, strict=True)
+        return [rows[full_batch(seed, step, len(rows), self.batch_size)] for seed, rows in pairs]
 
     def run(self, state: Any, theta: Params, progress: Progress, autocast: str) -> tuple[Tensor, Params]:
         """Losses ``(S,)`` of a step, its penalty aside, and the weights drawn for it.
@@ -108,7 +124,7 @@ class Step:
         Gradients of losses and penalty are in ``theta``'s ``.grad``.
         """
         stack = len(self.seeds)
-        rows = [rows_of_step(s, progress.step - 1, len(self.data), self.batch_size) for s in self.seeds]
+        rows = self.rows(progress.step - 1)
         whole = len(rows[0])
         rows = [self.processes.share(r) for r in rows]
         for value in theta.values():

@@ -7,7 +7,7 @@ own seed, and one member's loss has no gradient in another.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,6 +39,7 @@ class Settings:
         optimiser: AdamW's constants.
         autocast: "bf16" runs the forward under bfloat16 autocast; "no" leaves dtypes alone.
         max_seconds: stop after so long, as if training had been planned shorter; 0 never.
+        steps: optimiser steps in all, whatever ``epochs`` says; 0 goes by epochs.
     """
 
     lr: float | tuple[float, ...] = 5e-4
@@ -50,6 +51,7 @@ class Settings:
     optimiser: optim.AdamW = field(default=optim.AdamW())
     autocast: str = "no"
     max_seconds: float = 0.0
+    steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
@@ -77,7 +79,7 @@ class Trained:
         losses: mean NLL of each member and step ``(steps, K)``, in nats per row, penalties aside.
         diverged: members that met a NaN or blew up, and were frozen there.
         stopped: "" when training ran to its end, else why it ended early ("time"); a checkpoint then holds
-            where it stood, not what was made of it.
+            where it stood, not what was made of it; "until" when it was only to go so far.
     """
 
     state: Any
@@ -97,6 +99,8 @@ def fit(
     energy: Energy | None = None,
     save: checkpoint.Checkpoint | None = None,
     watch: Callable[[Progress, Tensor], None] | None = None,
+    own: Sequence[Tensor] | None = None,
+    until: int | None = None,
 ) -> Trained:
     """Train the stack ``start`` on the hosted ``model`` and collect the posterior.
 
@@ -112,6 +116,11 @@ def fit(
         energy: the model on calibration rows, for a posterior that looks at them while training.
         save: where to keep checkpoints and whether to resume from one.
         watch: called after every step with the losses ``(S,)``.
+        own: the rows of each member in ``data``, where these are not everyone's. A step then takes a full
+            batch of each, and all of training is one epoch: members of other numbers of rows have none in
+            common, and ``progress.rows`` is their mean number.
+        until: go no further than this step, and leave a checkpoint there to go on from; the schedule is that
+            of all steps.
 
     Raises:
         Diverged: every member did; the message names the learning rate.
@@ -123,8 +132,10 @@ def fit(
         raise KilobayesError(
             f"a stack of {stack} members needs {stack} seeds", f"found {len(settings.seeds)}"
         )
-    if not len(data):
+    if not len(data) or (own is not None and not all(map(len, own))):
         raise KilobayesError("there are no rows to train on")
+    if own is not None and len(own) != stack:
+        raise KilobayesError(f"a stack of {stack} members needs {stack} sets of rows", f"found {len(own)}")
     device = next(model.parameters()).device
     if ask.validates(posterior) and energy is None:
         raise KilobayesError(
@@ -139,7 +150,9 @@ def fit(
     state = posterior.init(theta, generator(settings.seeds[0], 3))
     moments = optim.init(theta)
     per_epoch = -(-len(data) // settings.batch_size)
-    steps = per_epoch * settings.epochs
+    steps = settings.steps or per_epoch * settings.epochs
+    per_epoch, rows = (per_epoch, len(data)) if own is None else (steps, sum(map(len, own)) // stack)
+    last = steps if until is None else min(until, steps)
     losses = torch.full((steps, stack), float("nan"))
     alive = torch.ones(stack, dtype=torch.bool, device=device)
     memo: Params = {}  # of the adapter's own
@@ -158,6 +171,7 @@ def fit(
         settings.batch_size,
         settings.accumulate,
         processes,
+        own,
     )
     groups = parametrise.rates(work.method, theta) | ask.rates(posterior, theta)
 
@@ -169,8 +183,8 @@ def fit(
         # dropout of the adapter is drawn by the loop, from the members' own streams: evaluation mode loses
         # nothing
         with Interrupts() as interrupts, evaluation(model), checkpointing(model):
-            for index in range(done, steps):
-                progress = Progress(index + 1, steps, per_epoch, len(data))
+            for index in range(done, last):
+                progress = Progress(index + 1, steps, per_epoch, rows)
                 loss, drawn = work.run(state, theta, progress, settings.autocast)
                 gradients = {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in theta.items()}
                 alive &= (
@@ -195,7 +209,8 @@ def fit(
                     watch(progress, loss)
                 late = bool(settings.max_seconds) and time.monotonic() - began > settings.max_seconds
                 late, interrupted = processes.any(late and not progress.done, interrupts.seen)
-                if save is not None and processes.first and (save.due(progress) or late or interrupted):
+                due = late or interrupted or done == last or (save is not None and save.due(progress))
+                if save is not None and processes.first and due:
                     save.write(done, state, theta, moments, streams, losses, alive, memo)
                 if interrupted:
                     raise KeyboardInterrupt
@@ -207,6 +222,7 @@ def fit(
                     break
     finally:
         host.install(model, None)
+    stopped = stopped or ("until" if last < steps else "")
     return Trained(map_state(Tensor.cpu, state), losses[:done], (~alive).nonzero()[:, 0].tolist(), stopped)
 
 
