@@ -41,7 +41,7 @@ from kilobayes.types import delta
 from kilobayes.workflows.attach import attach, start
 from kilobayes.workflows.data import first_test
 
-ROWS = {"rte": 300, "mrpc": 400, "cola": 1000, "sst2": 500, "stsb": 500}  # by length: cola's are shortest
+ROWS = {"rte": 300, "mrpc": 400, "cola": 1000, "sst2": 500, "stsb": 500, "trec": 300}  # by length: cola's are shortest
 ARMS = {
     "LoRA": "LoRA(r=8)",
     "OLoRA": "OLoRA(r=8)",
@@ -201,7 +201,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--data", type=Path, required=True, help="folder of the data sets' folders")
     p.add_argument("--only", default=";".join(ROWS), help="data sets, separated by semicolons")
-    p.add_argument("--arms", default=";".join(ARMS), help="adapters, separated by semicolons")
+    p.add_argument("--arms", default=";".join(ARMS), help="of the table, or as BLoRA(r=4); by semicolons")
     p.add_argument("--targets", default="q,v", help="q,v or all linear")
     p.add_argument("--cache", type=Path, default=Path("runs/adapters"))
     p.add_argument("--rates", default="7e-4,2e-3,6e-3", help="times each adapter's own factors")
@@ -220,7 +220,7 @@ def main() -> None:
                 continue
             rows = rows or read(name, a.data, a)
             clock = time.monotonic()
-            found = work(name, rows, arm, ARMS[arm], a.targets, a)
+            found = work(name, rows, arm, ARMS.get(arm, arm), a.targets, a)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, found)
             print(f"{name} {a.targets} {arm}: {time.monotonic() - clock:.0f} s", flush=True)
