@@ -21,7 +21,7 @@ FACTS = {
     "density": "of the entries of W touched",
     "bound": "at most, by its bound",
 }
-SCORES = {"rte": "accuracy", "mrpc": "accuracy", "cola": "Matthews", "sst2": "accuracy", "stsb": "Pearson"}
+SCORES = dict.fromkeys(("rte", "mrpc", "sst2", "trec"), "accuracy") | {"cola": "Matthews", "stsb": "Pearson"}
 
 
 def read(cache: Path) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
@@ -151,8 +151,13 @@ def chart(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     shown = {data: arms for data, arms in found.items() if len(arms) > 2}
     names = sorted({arm for arms in shown.values() for arm in arms})
     colours = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 3.6), squeeze=False)
-    for axis, (data, arms) in zip(axes[0], shown.items(), strict=True):
+    across = min(3, len(shown))
+    down = -(-len(shown) // across)
+    figure, grid = plt.subplots(down, across, figsize=(4.2 * across, 3.1 * down + 0.6), squeeze=False)
+    axes = grid.flatten()
+    for axis in axes[len(shown) :]:
+        axis.remove()
+    for axis, (data, arms) in zip(axes, shown.items(), strict=False):
         for arm in names:
             if arm in arms:
                 mean, half = interval([run["test"]["score"] for run in chosen(arms[arm])[1]])
@@ -167,9 +172,11 @@ def chart(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
         axis.set_ylabel(SCORES[data], fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
-    handles, labels = max((a.get_legend_handles_labels() for a in axes[0]), key=lambda pair: len(pair[1]))
+    handles, labels = max(
+        (a.get_legend_handles_labels() for a in axes[: len(shown)]), key=lambda pair: len(pair[1])
+    )
     figure.legend(handles, labels, loc="lower center", ncol=5, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.tight_layout(rect=(0, 0.16 / down, 1, 1))
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
