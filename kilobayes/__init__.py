@@ -11,6 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "AdapterCallback": "kilobayes.integrations",
     "Classifier": "kilobayes.estimator",
     "Ensemble": "kilobayes.posteriors",
     "KilobayesConfig": "kilobayes.host",
@@ -34,7 +35,10 @@ _WHERE = {
     "load_peft": "kilobayes.host.peft_folder",
     "outer": "kilobayes.host",
     "packed": "kilobayes.host",
+    "parameter_groups": "kilobayes.integrations",
     "read": "kilobayes.host",
+    "train_discriminator": "kilobayes.transferring",
+    "transfer": "kilobayes.transferring",
     "write": "kilobayes.host",
 }
 __all__ = ["__version__", *_WHERE]

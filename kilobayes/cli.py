@@ -11,6 +11,7 @@ import typer
 from kilobayes.commands import shell
 from kilobayes.commands.arithmetic import arithmetic
 from kilobayes.commands.calibrate import calibrate
+from kilobayes.commands.collaborate import collaborate
 from kilobayes.commands.edit import edit
 from kilobayes.commands.export import export
 from kilobayes.commands.flags import (
@@ -33,6 +34,7 @@ from kilobayes.commands.flags import (
 )
 from kilobayes.commands.generate import generate
 from kilobayes.commands.serve import proxy, serve
+from kilobayes.commands.transfer import discriminator, transfer
 from kilobayes.options import Options
 
 app = typer.Typer(
@@ -183,7 +185,10 @@ def thin(
 
 
 app.command()(arithmetic)
+app.command()(discriminator)
+app.command()(transfer)
 app.command()(calibrate)
+app.command()(collaborate)
 app.command()(edit)
 app.command()(serve)
 app.command()(proxy)
