@@ -26,6 +26,7 @@ _WHERE = {
     "Temperature": "kilobayes.posteriors",
     "adopt": "kilobayes.host.adopt",
     "calibrate": "kilobayes.api",
+    "collaborate": "kilobayes.together",
     "combine": "kilobayes.api",
     "compare": "kilobayes.api",
     "export_compact": "kilobayes.host.compact",

@@ -25,6 +25,7 @@ from torch import Tensor
 from kilobayes.errors import KilobayesError
 
 HOW = ("updates", "canonical", "factors")
+LARGEST_CONDITION = 1e4  # of the change from canonical factors to one's own
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +111,30 @@ def average(
     u, values, vt = torch.linalg.svd(middle, full_matrices=False)
     a, b = _factors(left.q @ u, values, right.q @ vt.mT, rank)
     return Averaged(a.to(A), b.to(B), _share(values[:, rank:].norm(dim=1), values.norm(dim=1)))
+
+
+@torch.no_grad()
+def towards(A: Tensor, B: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The same update in factors whose A is as near as it can be to one's own A ``(S, r, d_in)``.
+
+    With Q an orthonormal basis of the row space of A, filled up by that of one's own A where the update has
+    a lower rank: :math:`A' = A_{own} Q Q^\top`, :math:`B' = B A Q (A_{own} Q)^{-1}`. An optimiser goes on
+    from there, whose moments belong to one's own factors, and no direction is dead, as those of a singular
+    value of zero are in canonical factors. A member whose own A hardly meets the row space stays canonical.
+    """
+    a, b = canonical(A.double(), B.double())
+    mine = own.double()
+    size = a.norm(dim=2, keepdim=True)
+    # canonical rows are orthogonal; those of singular values beyond rounding are no directions of the update
+    rows = torch.where(size > 1e-3 * size.amax(dim=1, keepdim=True), a / size.clamp(min=1e-300), 0.0)
+    rest = mine - mine @ rows.mT @ rows
+    rest = 1e-3 * rest / rest.flatten(1).norm(dim=1).clamp(min=1e-300)[:, None, None]
+    basis = torch.linalg.svd(torch.cat([rows, rest], dim=1), full_matrices=False).Vh[:, : A.shape[1]]
+    middle = mine @ basis.mT
+    fine = (torch.linalg.cond(middle) < LARGEST_CONDITION)[:, None, None]
+    middle = torch.where(fine, middle, torch.eye(A.shape[1], dtype=torch.float64, device=A.device))
+    turned = torch.linalg.solve(middle, b @ (a @ basis.mT), left=False)
+    return torch.where(fine, middle @ basis, a).to(A), torch.where(fine, turned, b).to(B)
 
 
 def concatenated(A: Tensor, B: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

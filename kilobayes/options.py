@@ -7,7 +7,7 @@ import math
 import re
 import reprlib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -81,7 +81,7 @@ class Options:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for f in dataclasses.fields(self):
-            object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), hints[f.name]))
+            object.__setattr__(self, f.name, typed(f.name, getattr(self, f.name), hints[f.name]))
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -141,7 +141,7 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _typed(name: str, value: Any, hint: Any) -> Any:
+def typed(name: str, value: Any, hint: Any) -> Any:
     """The value in the field's type; YAML gives 8 for 8.0 and 1e-3 as text."""
     kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:
@@ -168,8 +168,11 @@ def names() -> list[str]:
     return [f.name for f in dataclasses.fields(Options)]
 
 
-def from_mapping(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def from_mapping(values: Mapping[str, Any], where: str, also: Sequence[str] = ()) -> dict[str, Any]:
     """Checked keys of a flat mapping; dashes and Hugging Face's spellings are understood.
+
+    Args:
+        also: keys that are known elsewhere, for the message.
 
     Raises:
         KilobayesError: an unknown key, with the nearest known one.
@@ -183,10 +186,10 @@ def from_mapping(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         name = aliases.get(name, name)
         if name not in names():
             shown = f"{key!s:.60}"
-            guess = nearest(name, [*names(), *aliases])
+            guess = nearest(name, [*also, *names(), *aliases])
             raise KilobayesError(
                 f"{where} has an unknown key {shown!r}",
-                f"known: {', '.join(names())}",
+                f"known: {', '.join([*also, *names()])}",
                 f"did you mean {guess}?" if guess else "",
             )
         if name in out:

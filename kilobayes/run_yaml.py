@@ -17,6 +17,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings of a flat run.yaml.
 
     Raises:
+        KilobayesError: as :func:`read_flat`, or a key that is no setting.
+    """
+    return from_mapping(read_flat(path), str(path))
+
+
+def read_flat(path: str | Path) -> Mapping[str, Any]:
+    """Keys and values of a YAML file, whatever they mean.
+
+    Raises:
         KilobayesError: no such file, no valid YAML, references or tags in it, or not flat keys and values.
     """
     import yaml
@@ -52,7 +61,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ) from None
     if not isinstance(found, Mapping):
         raise KilobayesError(f"{path} holds no settings", f"a {type(found).__name__}", remedy)
-    return from_mapping(found, str(path))
+    return found
 
 
 def write_yaml(path: Path, options: Options) -> None:

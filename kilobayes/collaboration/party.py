@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kilobayes import train, tree
+from kilobayes.card import Card
 from kilobayes.checkpoint import Checkpoint
 from kilobayes.collaboration.rounds import MEAN, VARIANCE
 from kilobayes.collaboration.settings import Together
@@ -38,7 +39,7 @@ def user_seed(seed: int, name: str) -> int:
 
 @dataclass(eq=False)
 class Party:
-    """Users trained in one forward on one hosted model; :func:`kilobayes.workflows.users.gather` makes it.
+    """Users trained in one forward on one hosted model; :func:`kilobayes.workflows.gather.gather` makes it.
 
     Attributes:
         names: the users.
@@ -48,6 +49,7 @@ class Party:
         reference: shared rows, encoded, or None.
         start: initial leaves ``(U, ...)``.
         save: where training stands; ``resume`` is set.
+        card: what a user's run says of itself; its seed is that of draws.
     """
 
     names: tuple[str, ...]
@@ -61,8 +63,7 @@ class Party:
     reference: Any
     start: Params
     save: Checkpoint
-    seed: int = 0
-    samples: int = 10
+    card: Card
     watch: Callable[[Progress, Tensor], None] | None = None
     at: dict[str, Tensor] = field(default_factory=dict, init=False)
     fitted: list[Any] = field(default_factory=list, init=False)
@@ -181,7 +182,7 @@ class Party:
                 state = tree.state_member(whole, place)
                 if ask.needs_calibration(self.posterior):
                     energy = self.subject.energy(self._held(place, "trust"))
-                    state = ask.fit(self.posterior, state, energy, generator(self.seed, 6))
+                    state = ask.fit(self.posterior, state, energy, generator(self.card.seed, 6))
                 self.fitted.append(state)
         return self.fitted
 
@@ -190,9 +191,9 @@ class Party:
         out = []
         for place, state in enumerate(self.finish()):
             rows = self._held(place, on)
-            count = ask.count(self.posterior, state, self.samples)
+            count = ask.count(self.posterior, state, self.card.samples)
             energy = self.subject.energy(rows)
-            drawn = ask.draws(self.posterior, state, energy, count, generator(self.seed, 7))
+            drawn = ask.draws(self.posterior, state, energy, count, generator(self.card.seed, 7))
             out.append(
                 self.subject.figures(drawn, rows, lambda s, at=state: ask.transform(self.posterior, at, s))
             )
@@ -214,13 +215,13 @@ class Party:
         out = {}
         for key in sorted(theta):
             mean, deviation = update[f"{key}{MEAN}"], update[f"{key}{VARIANCE}"].sqrt()
-            noise = torch.randn(n, *mean.shape[1:], generator=generator(self.seed, 11, self.step))
+            noise = torch.randn(n, *mean.shape[1:], generator=generator(self.card.seed, 11, self.step))
             out[key] = (mean[:, None] + deviation[:, None] * noise.to(mean)).flatten(0, 1)
         return out
 
     def _inner(self) -> Any:
         """The state of the innermost posterior, of all users; None before training."""
-        state = self._state(fresh=False) if self.at else None
+        state: Any = self._state(fresh=False) if self.at else None
         while hasattr(state, "inner"):
             state = state.inner
         return state

@@ -35,20 +35,25 @@ HeldOut = Annotated[
 ]
 
 
-def from_options(function: Any) -> Any:
-    """Give a command one flag for every field of :class:`Options`, unset unless typed, and ``--config``."""
-    hints = get_type_hints(Options)
-    parameters = []
-    for f in dataclasses.fields(Options):
+def flags_of(kind: type) -> list[inspect.Parameter]:
+    """A flag for every field of a dataclass of settings, unset unless typed."""
+    hints, parameters = get_type_hints(kind), []
+    for f in dataclasses.fields(kind):
         spelled = [f"--{name}" for name in (f.name.replace("_", "-"), *f.metadata["aliases"])]
         shown = f.metadata["help"] + ("" if f.default in (None, "", False) else f" [default: {f.default}]")
         option = typer.Option(*spelled, help=shown, show_default=False)
-        kind: Any = hints[f.name]
-        kind = kind if type(None) in get_args(kind) else kind | None
+        hint: Any = hints[f.name]
+        hint = hint if type(None) in get_args(hint) else hint | None
         keyword = inspect.Parameter.KEYWORD_ONLY
         parameters.append(
-            inspect.Parameter(f.name, keyword, default=None, annotation=Annotated[kind, option])
+            inspect.Parameter(f.name, keyword, default=None, annotation=Annotated[hint, option])
         )
+    return parameters
+
+
+def from_options(function: Any) -> Any:
+    """Give a command one flag for every field of :class:`Options`, unset unless typed, and ``--config``."""
+    parameters = flags_of(Options)
     config = Annotated[
         Path | None, typer.Option("--config", help="A flat run.yaml with the same keys; flags win.")
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,11 @@ def reader(task: str, prompt: Prompt | None = None, **asked: Any) -> Read:
     return functools.partial(load_questions, prompt=prompt, **({} if prompt else asked))
 
 
-def load_splits(options: Options, source: Any = None) -> Splits:
+def load_splits(options: Options, source: Any = None, classes: Sequence[str] | None = None) -> Splits:
     """Read what ``options`` name; calibration rows are held out of training by class unless named.
+
+    Args:
+        classes: in their order; None for those of the training rows.
 
     Raises:
         KilobayesError: as reading examples; fewer than two classes; no data named.
@@ -76,7 +79,7 @@ def load_splits(options: Options, source: Any = None) -> Splits:
     there = available_splits(source)
     train_split = "train" if "train" in there or len(there) != 1 else there[0]
     read = reader(options.task, template=options.template, answers=options.answers)
-    everything = read(source, train_split, **named)
+    everything = read(source, train_split, classes=classes, **named)
     if len(everything.classes) < 2:
         raise KilobayesError(
             "classification needs at least two classes", f"found {everything.classes}", "check --label-column"
