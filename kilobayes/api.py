@@ -15,9 +15,11 @@ from kilobayes.tasks.data import available_splits
 from kilobayes.workflows import arithmetic as _arithmetic
 from kilobayes.workflows import calibrate as _calibrate
 from kilobayes.workflows import compare as _compare
+from kilobayes.workflows import language_compare as _language_compare
 from kilobayes.workflows.calibration_rows import Sources
 from kilobayes.workflows.data import first_test, reads
 from kilobayes.workflows.terms import parse
+from kilobayes.workflows.texts import for_run
 
 
 def load(folder: str | Path, *, model: str | None = None, device: str = "auto") -> Any:
@@ -118,16 +120,26 @@ def compare(
     split: str | None = None,
     limit: int | None = None,
     samples: int | None = None,
-) -> _compare.Compared:
-    """Evaluate runs on the same labelled rows; ``report.html`` and ``metrics.json`` go to ``out``.
+) -> _compare.Compared | _language_compare.ComparedTexts:
+    """Evaluate runs on the same rows; ``report.html`` and ``metrics.json`` go to ``out``.
 
     Args:
-        test, ood: what :func:`kilobayes.tasks.data.load_examples` reads: a file, a folder, a hub id,
-            a data frame.
+        test, ood: labelled rows as :func:`kilobayes.tasks.data.load_examples` reads them (a file, a folder, a
+            hub id, a data frame), or for language models texts.
 
     Raises:
         KilobayesError: no runs, a damaged one, or runs of different classes.
     """
+
+    folders = [Path(run) for run in runs]
+    if folders and read_card(folders[0], "").task == "lm":
+
+        def texts() -> tuple[Any, Any, str]:
+            as_trained: dict[str, Any] = {"text_column": None, "label_column": None}
+            found, name = for_run(folders[0], test, split, as_trained, limit)
+            return found, None if ood is None else for_run(folders[0], ood, None, {}, limit)[0], name
+
+        return _language_compare.compare(folders, texts, Path(out), str(test), samples)
 
     def rows(card: Card) -> tuple[Any, Any, str]:
         read = reads(card)
@@ -137,4 +149,4 @@ def compare(
             other = read(ood, first_test(available_splits(ood)), need_labels=False, limit=limit)
         return read(test, name, classes=card.classes, limit=limit), other, name or ""
 
-    return _compare.compare([Path(r) for r in runs], rows, Path(out), str(test), samples)
+    return _compare.compare(folders, rows, Path(out), str(test), samples)

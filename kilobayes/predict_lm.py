@@ -54,8 +54,9 @@ def token_scores(
                 scores = scores if transform is None else transform(scores)
                 columns.append(_columns(scores.log_softmax(dim=-1), labels[part]).cpu())
     found = torch.cat(columns, dim=1).numpy()
-    documents = np.asarray(tokens.documents)[torch.cat(owners).numpy()]
-    order = np.argsort(documents, kind="stable")
+    of_row = torch.cat(owners).numpy()
+    documents = np.asarray(tokens.documents)[of_row]
+    order = np.lexsort((of_row, documents))  # rows were taken by their length
     nll, confidence, right, entropy, information = found[:, order]
     sizes = np.asarray(tokens.bytes)
     return TokenScores(nll, confidence, right > 0, entropy, information, documents[order], sizes)
@@ -71,4 +72,7 @@ def _columns(logs: Tensor, labels: Tensor) -> Tensor:
     confidence, best = probs.max(dim=-1)
     entropy = torch.special.entr(probs).sum(dim=-1)
     right = (best == labels).to(nll)
-    return torch.stack([nll, confidence, right, entropy, (entropy - each).clamp(min=0.0)])
+    information = (entropy - each).clamp(min=0.0)
+    if len(logs) == 1:
+        information = torch.zeros_like(entropy)  # not the rounding of two ways to the same entropy
+    return torch.stack([nll, confidence, right, entropy, information])

@@ -25,6 +25,20 @@ ROWS = (
     ("error_auroc", "error AUROC"),
     ("ood_auroc", "OOD AUROC"),
 )
+LANGUAGE_ROWS = (
+    ("perplexity", "perplexity"),
+    ("nll", "NLL, nats/token"),
+    ("bits_per_byte", "bits per byte"),
+    ("accuracy", "accuracy"),
+    ("ece", "ECE, {bins} bins"),
+    ("entropy", "entropy, nats"),
+    ("mutual_information", "mutual inf."),
+    ("ood_perplexity", "OOD perplexity"),
+    ("ood_nll", "OOD NLL"),
+    ("ood_ece", "OOD ECE"),
+    ("ood_auroc", "OOD AUROC"),
+)
+UNRANKED = {"entropy", "mutual_information", "ood_perplexity", "ood_nll", "ood_ece"}  # no side is the better
 LABEL, CELL = 15, 13  # characters of the column of names, and least of an arm's
 QUIET_SECONDS = 15.0  # between lines where there is no terminal to draw a bar on
 
@@ -87,12 +101,16 @@ def table(
     summaries: Sequence[Mapping[str, Any]],
     costs: Sequence[Mapping[str, float]],
     bins: int = 15,
+    rows: Sequence[tuple[str, str]] = ROWS,
 ) -> Group:
     """A row a metric, a column an arm: the value and under it its 95% interval; the best of a row is marked.
 
     Arms that do not fit beside each other are continued below; no number is ever cut short.
+
+    Args:
+        rows: keys of the metrics and what they are called.
     """
-    shown = [(k, label.format(bins=bins)) for k, label in ROWS if all(k in s for s in summaries)]
+    shown = [(k, label.format(bins=bins)) for k, label in rows if all(k in s for s in summaries)]
     if len(names) == 1:
         return _single(names[0], summaries[0], costs[0], shown)
     best = {key: _best(key, [s[key].value for s in summaries]) for key, _ in shown}
@@ -134,7 +152,7 @@ def _best(key: str, values: Sequence[float]) -> float:
     from kilobayes.metrics import HIGHER_IS_BETTER
 
     known = [v for v in values if not math.isnan(v)]
-    if len(values) < 2 or not known:
+    if len(values) < 2 or not known or key in UNRANKED:
         return math.nan
     return max(known) if key in HIGHER_IS_BETTER else min(known)
 

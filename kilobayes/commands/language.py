@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ from kilobayes.options import Options
 def train(options: Options, *, as_json: bool) -> None:
     """Train and show the figures."""
     from kilobayes.workflows import language_run as work
+    from kilobayes.workflows.language_evaluate import figures
 
     with console.bar("training") as watch:
         done = work.train(options, watch=watch, say=console.say)
-    show(done.summary)
+    show([done.evaluation], [done.summary])
     sizes = ", ".join(f"{part} {console.human(size)}" for part, size in done.sizes.items() if size)
     console.say(f"sizes:  {sizes}")
-    console.say(f"page:   {done.folder / 'README.md'}")
+    console.say(f"report: {done.folder / 'report.html'}")
     console.say(f'next:   kilobayes generate {shlex.quote(str(done.folder))} --prompt "Once upon a time"')
     if as_json:
-        console.result({"run": str(done.folder), "metrics": work.figures(done.summary)})
+        console.result({"run": str(done.folder), "metrics": figures(done.summary)})
 
 
 def check(options: Options, *, as_json: bool) -> None:
@@ -70,25 +72,68 @@ def evaluate(
     *,
     as_json: bool,
 ) -> None:
-    """Figures of a run on other texts, and ``metrics.json`` where ``out`` is named."""
-    from kilobayes.workflows import language_run as work
+    """Figures of a run on other texts, and files of them where ``out`` is named."""
+    from kilobayes.metrics.language import summarise
+    from kilobayes.workflows import language_evaluate as work
+    from kilobayes.workflows.evaluate import metadata
+    from kilobayes.workflows.folder import stored_cost
     from kilobayes.workflows.language import load
     from kilobayes.workflows.texts import for_run
 
     # the data first: loading a model takes longer
     documents, name = for_run(folder, data, split, columns, limit)
     other = for_run(folder, ood, None, {}, limit)[0] if ood else None
-    fitted = load(folder, model=model, device=device)
-    scores = fitted.scores(documents, samples)
-    elsewhere = fitted.scores(other, samples) if other is not None else None
+    fitted = dataclasses.replace(load(folder, model=model, device=device), cost=stored_cost(folder))
+    found = work.evaluate(fitted, documents, other, samples=samples)
     facts = {"run": str(folder), "source": data, "split": name}
-    summary = work.write_figures(out, fitted, scores, elsewhere, facts, [])
-    show(summary)
+    if out is None:
+        summary = summarise(found.scores, found.ood)
+    else:
+        (summary,) = work.write_outputs(out, [found], metadata(f"{folder.name} on {data}", facts, []))
+        console.say(f"report: {out / 'report.html'}")
+    show([found], [summary])
     if as_json:
         console.result(facts | {"metrics": work.figures(summary)})
 
 
-def show(summary: dict[str, Any]) -> None:
-    """A line for each figure, with its interval."""
-    for key, found in summary.items():
-        console.say(f"{key.replace('_', ' '):>24} {found.value:10.4f}   {found.low:.4f} to {found.high:.4f}")
+def compare(
+    folders: list[Path],
+    data: str,
+    split: str | None,
+    ood: str | None,
+    columns: dict[str, str | None],
+    limit: int | None,
+    samples: int | None,
+    out: Path,
+    model: str | None,
+    device: str,
+    *,
+    as_json: bool,
+) -> None:
+    """One table and one report of several runs on the same texts."""
+    from kilobayes.workflows import language_compare as work
+    from kilobayes.workflows.compare import spread_lines
+    from kilobayes.workflows.texts import for_run
+
+    def texts() -> tuple[Any, Any, str]:
+        documents, name = for_run(folders[0], data, split, columns, limit)
+        return documents, for_run(folders[0], ood, None, {}, limit)[0] if ood else None, name
+
+    done = work.compare(folders, texts, out, data, samples, model, device)
+    show(done.evaluations, done.summaries)
+    for one, less in zip(done.evaluations[1:], done.less_first, strict=True):
+        console.say(f"{one.name}, less the first, by documents:")
+        for key, label in (pair for pair in console.LANGUAGE_ROWS if pair[0] in less):
+            shown = f"{less[key].value:+.4f}   {less[key].low:+.4f} to {less[key].high:+.4f}"
+            console.say(f"{label.format(bins=15):>24} {shown}")
+    for line in [*done.notes, *spread_lines(done.spreads, ("perplexity", "nll", "ece"))]:
+        console.say(line)
+    console.say(f"report: {out / 'report.html'}")
+    if as_json:
+        console.result(done.as_json())
+
+
+def show(evaluations: Sequence[Any], summaries: Sequence[Any]) -> None:
+    """The table of one or several runs."""
+    names, costs = [one.name for one in evaluations], [one.cost for one in evaluations]
+    console.console.print(console.table(names, summaries, costs, rows=console.LANGUAGE_ROWS))

@@ -168,9 +168,16 @@ def compare(
     as_json: bool,
 ) -> None:
     """One table and one report of several runs on the same rows."""
+    from kilobayes import store
     from kilobayes.workflows import compare as work
 
     check_writable(out / "metrics.json")
+    if folders and store.read_card(folders[0], "").task == "lm":
+        from kilobayes.commands import language
+
+        given = (data, split, ood, columns, limit, samples, out, model, device)
+        language.compare(folders, *given, as_json=as_json)
+        return
     done = work.compare(
         folders,
         lambda card: _rows(folders[0], card, data, split, ood, columns, limit),
@@ -182,7 +189,7 @@ def compare(
     )
     costs = [e.cost for e in done.evaluations]
     console.console.print(console.table([e.name for e in done.evaluations], done.summaries, costs))
-    for line in done.spread_lines():
+    for line in work.spread_lines(done.spreads, ("accuracy", "nll", "ece")):
         console.say(line)
     console.say(f"report: {out / 'report.html'}")
     if as_json:

@@ -14,9 +14,9 @@ from markupsafe import Markup
 
 from kilobayes.errors import KilobayesError
 from kilobayes.files import write_text_atomically
-from kilobayes.metrics.calibration import BINS, reliability
+from kilobayes.metrics.calibration import BINS, Reliability, reliability
 from kilobayes.metrics.evaluation import Evaluation, Interval
-from kilobayes.report import plots
+from kilobayes.report import drawing, plots
 from kilobayes.report.definitions import definitions
 from kilobayes.report.examples import choose
 from kilobayes.report.headline import findings, headline
@@ -61,23 +61,18 @@ def build_page(
         {key for summary in summaries for key in summary},
         {key for one in evaluations for key in one.cost},
     )
-    return _template().render(
-        title=meta.get("title") or "Calibration report",
-        created=meta.get("created", ""),
-        command=meta.get("command", ""),
-        versions=meta.get("versions") or {},
-        data=meta.get("data") or {},
-        notes=meta.get("notes") or [],
+    return template("page.html").render(
+        **told(meta, "Calibration report"),
         headline=headline(evaluations, summaries),
         findings=findings(evaluations, summaries),
         table=table(evaluations, summaries, bins),
         more=table(evaluations, summaries, bins, main=False),
         arms=arms,
         lead=lead or 0,
-        rows=len(evaluations[0].labels),
+        rows=f"{len(evaluations[0].labels):,} test rows",
         risk_coverage=Markup(plots.risk_coverage_curves(list(evaluations))),
         first_rows=plots.FIRST_ROWS,
-        few_rows=plots.FEW_ROWS,
+        few_rows=drawing.FEW_ROWS,
         figures=max(len(arm["figures"]) for arm in arms),
         bins=bins,
         definitions=definitions(*shown, bins, meta.get("resamples")),
@@ -107,22 +102,38 @@ def _arm(index: int, evaluation: Evaluation, summary: Mapping[str, Interval], bi
     }
     return {
         "name": evaluation.name,
-        "swatch": Markup(plots.swatch(index)),
+        "swatch": Markup(drawing.swatch(index)),
         "figures": {name: Markup(svg) for name, svg in drawn.items() if svg},
         "spec": dict(evaluation.spec),
-        "cost": {
-            _COSTS.get(key, key.replace("_", " ")): FORMATS[_form(key)](float(value))
-            for key, value in evaluation.cost.items()
-        },
+        "cost": costs(evaluation.cost),
         "summary": {key: number(value.value) for key, value in summary.items()},
-        "bins": _bins(evaluation, bins),
+        "bins": filled_bins(reliability(evaluation.probs, evaluation.labels, bins)),
         "examples": choose(evaluation),
     }
 
 
-def _bins(evaluation: Evaluation, bins: int) -> list[dict[str, float]]:
+def told(meta: Mapping[str, Any], title: str) -> dict[str, Any]:
+    """What a page says of where it comes from; ``title`` where there is none."""
+    return {
+        "title": meta.get("title") or title,
+        "created": meta.get("created", ""),
+        "command": meta.get("command", ""),
+        "versions": meta.get("versions") or {},
+        "data": meta.get("data") or {},
+        "notes": meta.get("notes") or [],
+    }
+
+
+def costs(found: Mapping[str, float]) -> dict[str, str]:
+    """Costs in words."""
+    return {
+        _COSTS.get(key, key.replace("_", " ")): FORMATS[_form(key)](float(value))
+        for key, value in found.items()
+    }
+
+
+def filled_bins(found: Reliability) -> list[dict[str, float]]:
     """The bins that hold a row, for the table behind the reliability diagram."""
-    found = reliability(evaluation.probs, evaluation.labels, bins)
     columns = {
         "low": found.edges[:-1],
         "high": found.edges[1:],
@@ -131,7 +142,9 @@ def _bins(evaluation: Evaluation, bins: int) -> list[dict[str, float]]:
         "accuracy": found.accuracy,
     }
     return [
-        {name: values[i].item() for name, values in columns.items()} for i in range(bins) if found.count[i]
+        {name: values[i].item() for name, values in columns.items()}
+        for i in range(len(found.count))
+        if found.count[i]
     ]
 
 
@@ -139,7 +152,8 @@ def _form(cost: str) -> str:
     return "duration" if cost.endswith("seconds") else "size" if cost.endswith("bytes") else "number"
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """A page's template; all that it is filled with is escaped and stripped of control characters."""
     environment = Environment(
         loader=PackageLoader("kilobayes.report", ""),
         autoescape=True,
@@ -151,4 +165,4 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "probability": probability}
-    return environment.get_template("page.html")
+    return environment.get_template(name)

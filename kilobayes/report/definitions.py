@@ -18,7 +18,7 @@ _MORE = {
     "for a point estimate.",
     "ood_auroc": "OOD is short for out of distribution. Ties count half; 0.5 is chance and 1 is perfect.",
 }
-_COSTS = {
+COSTS = {
     "stored_bytes": ("Stored", "Bytes of what must be kept beside the base model; 1 kB is 1,000 bytes."),
     "seconds": ("Time", "Wall-clock time as recorded by the run."),
 }
@@ -43,7 +43,7 @@ def definitions(
             found.append(
                 (title.format(bins=bins), f"{text[0].upper()}{text[1:]}. {_MORE.get(key, '')}".strip())
             )
-    found += [meaning for key, meaning in _COSTS.items() if key in paid]
+    found += [meaning for key, meaning in COSTS.items() if key in paid]
     number = f"{resamples:,} resamples" if resamples else "resamples"
     interval = (
         f"Percentile bootstrap from {number} of the test rows. It covers the choice of test rows, not that "

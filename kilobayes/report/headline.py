@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from kilobayes.errors import KilobayesError
 from kilobayes.metrics.calibration import top
@@ -14,18 +15,41 @@ from kilobayes.report.words import Summary, best, number, overlap, percent
 _UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
 
+@dataclass(frozen=True)
+class Loss:
+    """What arms are ranked by, lower being better: a key of summaries, its name, alone and with an article."""
+
+    key: str = "nll"
+    name: str = "NLL"
+    one: str = "an NLL"
+    unit: str = " nats"
+
+
+NLL = Loss()
+
+
 def headline(evaluations: Sequence[Evaluation], summaries: Sequence[Summary]) -> str:
     """One sentence: the arm with the lowest NLL, and whose intervals overlap its own."""
-    nll = _values(summaries, "nll")
+    rows = f"{len(evaluations[0].labels):,} test rows"
+    return lowest([one.name for one in evaluations], summaries, rows)
+
+
+def lowest(names: Sequence[str], summaries: Sequence[Summary], rows: str, loss: Loss = NLL) -> str:
+    """One sentence: the arm with the lowest loss, and whose intervals overlap its own.
+
+    Args:
+        rows: what was evaluated on.
+    """
+    nll = known(summaries, loss.key)
     first = best(nll, -1)
     if first is None:
-        return "No arm has a finite NLL, so none is put first."
-    name, stated = _listed([evaluations[first].name]), _stated(nll[first], number, " nats")
+        return f"No arm has a finite {loss.name}, so none is put first."
+    name, stated = _listed([names[first]]), _stated(nll[first], number, loss.unit)
     if len(nll) == 1:
-        return f"{name} has an NLL of {stated} on {len(evaluations[0].labels):,} test rows."
-    start = f"Of {len(nll)} arms, {name} has the lowest NLL: {stated}"
+        return f"{name} has {loss.one} of {stated} on {rows}."
+    start = f"Of {len(nll)} arms, {name} has the lowest {loss.name}: {stated}"
     others = [index for index in range(len(nll)) if index != first]
-    close = [evaluations[index].name for index in others if overlap(nll[index], nll[first])]
+    close = [names[index] for index in others if overlap(nll[index], nll[first])]
     if not all(math.isfinite(value.low + value.high) for value in nll):
         return f"{start}."
     if not close:
@@ -40,15 +64,19 @@ def headline(evaluations: Sequence[Evaluation], summaries: Sequence[Summary]) ->
 
 def findings(evaluations: Sequence[Evaluation], summaries: Sequence[Summary]) -> list[tuple[str, str]]:
     """What else there is to say, as (topic, words): paired comparison, accuracy, calibration, shift."""
-    nll = _values(summaries, "nll")
-    first = best(nll, -1)
-    found = []
+    names = [one.name for one in evaluations]
+
+    def difference(first: int, second: int) -> Interval:
+        return paired_difference("nll", evaluations[first], evaluations[second])
+
+    first = best(known(summaries, "nll"), -1)
+    found = [("Row by row", runner_up(names, summaries, difference))]
+    found.append(("Accuracy", highest(names, known(summaries, "accuracy"), percent)))
     if first is not None:
-        found.append(("Row by row", _runner_up(evaluations, nll, first)))
-    found.append(("Accuracy", _highest(evaluations, _values(summaries, "accuracy"), percent)))
-    if first is not None:
-        found.append(("Calibration", _calibration(evaluations[first], summaries[first])))
-    found.append(("Out of distribution", _shift(evaluations, _values(summaries, "ood_auroc"))))
+        confidence, correct = top(evaluations[first].probs, evaluations[first].labels)
+        means = float(confidence.mean()), float(correct.mean())
+        found.append(("Calibration", calibration(names[first], *means, summaries[first])))
+    found.append(("Out of distribution", shift(names, known(summaries, "ood_auroc"))))
     return [(topic, words) for topic, words in found if words]
 
 
@@ -58,35 +86,48 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
 
-def _runner_up(evaluations: Sequence[Evaluation], nll: Sequence[Interval], first: int) -> str:
-    second = best([_UNKNOWN if index == first else value for index, value in enumerate(nll)], -1)
-    if second is None:
+def runner_up(
+    names: Sequence[str],
+    summaries: Sequence[Summary],
+    difference: Callable[[int, int], Interval],
+    rows: str = "rows",
+    loss: Loss = NLL,
+) -> str:
+    """By how much the best arm leads the second, when both are resampled alike.
+
+    Args:
+        difference: the loss of the second arm less that of the first; refuses with KilobayesError.
+    """
+    values = known(summaries, loss.key)
+    first = best(values, -1)
+    second = best([_UNKNOWN if index == first else value for index, value in enumerate(values)], -1)
+    if first is None or second is None:
         return ""
     try:
-        difference = paired_difference("nll", evaluations[first], evaluations[second])
+        lead = difference(first, second)
     except KilobayesError:
         return ""  # tested on different rows: there is nothing to pair
-    one, other = _listed([evaluations[first].name]), _listed([evaluations[second].name])
-    verdict = "support the lead" if difference.low > 0 else "do not settle which is better"
+    one, other = _listed([names[first]]), _listed([names[second]])
+    verdict = "support the lead" if lead.low > 0 else "do not settle which is better"
     return (
-        f"{one} is {_stated(difference, number, ' nats')} below the runner-up, {other}, when both are "
-        f"resampled on the same rows. The rows {verdict}."
+        f"{one} is {_stated(lead, number, loss.unit)} below the runner-up, {other}, when both are "
+        f"resampled on the same {rows}. The {rows} {verdict}."
     )
 
 
-def _highest(
-    evaluations: Sequence[Evaluation], values: Sequence[Interval], form: Callable[[float], str]
-) -> str:
+def highest(names: Sequence[str], values: Sequence[Interval], form: Callable[[float], str]) -> str:
+    """Whose value is the highest, and how many intervals overlap its own; empty where there is none."""
     leader = best(values, 1)
     if leader is None:
         return ""
     peak = values[leader]
     if len(values) == 1:
         return f"{_stated(peak, form)}."
-    names = [one.name for one, value in zip(evaluations, values, strict=True) if value.value == peak.value]
+    leaders = [name for name, value in zip(names, values, strict=True) if value.value == peak.value]
     others = [value for value in values if value.value < peak.value]
     start = (
-        f"{'Highest' if len(names) == 1 else 'Shared highest'}: {_listed(names)} with {_stated(peak, form)}"
+        f"{'Highest' if len(leaders) == 1 else 'Shared highest'}: {_listed(leaders)} with "
+        f"{_stated(peak, form)}"
     )
     if not others:
         return f"{start}."
@@ -99,24 +140,25 @@ def _highest(
     return f"{start}. {close or 'None'} of the {len(others)} other intervals {verb} it."
 
 
-def _calibration(evaluation: Evaluation, summary: Summary) -> str:
-    confidence, correct = top(evaluation.probs, evaluation.labels)
-    gap = float(confidence.mean() - correct.mean())
+def calibration(name: str, confidence: float, right: float, summary: Summary, rows: str = "rows") -> str:
+    """Whether an arm is as sure as it is right, on average."""
+    gap = confidence - right
     accuracy = summary.get("accuracy", _UNKNOWN)
     direction = "about as sure as it is right"
     if abs(gap) >= 0.0005:
         direction = f"{abs(100 * gap):.1f} points too {'sure' if gap > 0 else 'unsure'} on average"
     words = (
-        f"{_listed([evaluation.name])} is {percent(float(confidence.mean()))} sure on average and right on "
-        f"{percent(float(correct.mean()))} of the rows: {direction}"
+        f"{_listed([name])} is {percent(confidence)} sure on average and right on {percent(right)} of the "
+        f"{rows}: {direction}"
     )
-    if accuracy.low <= confidence.mean() <= accuracy.high:
+    if accuracy.low <= confidence <= accuracy.high:
         return f"{words}, which is within the interval of its accuracy."
     return f"{words}."
 
 
-def _shift(evaluations: Sequence[Evaluation], values: Sequence[Interval]) -> str:
-    words = _highest(evaluations, values, number)
+def shift(names: Sequence[str], values: Sequence[Interval]) -> str:
+    """Whose entropy tells rows of another kind best."""
+    words = highest(names, values, number)
     if not words:
         return ""
     peak = values[best(values, 1) or 0]
@@ -124,7 +166,8 @@ def _shift(evaluations: Sequence[Evaluation], values: Sequence[Interval]) -> str
     return f"AUROC of entropy (chance is 0.5). {words}{chance}"
 
 
-def _values(summaries: Sequence[Summary], key: str) -> list[Interval]:
+def known(summaries: Sequence[Summary], key: str) -> list[Interval]:
+    """A metric of every arm; nan where one has none."""
     return [summary.get(key, _UNKNOWN) for summary in summaries]
 
 

@@ -113,9 +113,22 @@ def table(
     Args:
         main: the metrics of ``MAIN`` and the costs; otherwise all other metrics.
     """
+    return filled(_columns(bins, main), [evaluation.cost for evaluation in evaluations], summaries)
+
+
+COSTS = [
+    Column("stored_bytes", "Stored", "size", -1, cost=True),
+    Column("seconds", "Time", "duration", -1, cost=True),
+]
+
+
+def filled(
+    columns: Sequence[Column], costs: Sequence[Mapping[str, float]], summaries: Sequence[Summary]
+) -> list[tuple[Column, list[Cell]]]:
+    """The columns that have a value, each with one cell an arm."""
     found = []
-    for column in _columns(bins, main):
-        values = [_interval(column, *arm) for arm in zip(evaluations, summaries, strict=True)]
+    for column in columns:
+        values = [_interval(column, *arm) for arm in zip(costs, summaries, strict=True)]
         if any(not math.isnan(value.value) for value in values):
             found.append((column, _cells(column, values)))
     return found
@@ -138,15 +151,12 @@ def _columns(bins: int, main: bool) -> list[Column]:
         sign = (key in HIGHER_IS_BETTER) - (key in LOWER_IS_BETTER)
         form = "percent" if key in ("accuracy", "error_at_80") else "number"
         found.append(Column(key, TITLES[key].format(bins=bins), form, sign))
-    if main:
-        found.append(Column("stored_bytes", "Stored", "size", -1, cost=True))
-        found.append(Column("seconds", "Time", "duration", -1, cost=True))
-    return found
+    return [*found, *COSTS] if main else found
 
 
-def _interval(column: Column, evaluation: Evaluation, summary: Summary) -> Interval:
+def _interval(column: Column, cost: Mapping[str, float], summary: Summary) -> Interval:
     if column.cost:
-        value = float(evaluation.cost.get(column.key, math.nan))
+        value = float(cost.get(column.key, math.nan))
         return Interval(value, math.nan, math.nan)
     return summary.get(column.key, Interval(math.nan, math.nan, math.nan))
 

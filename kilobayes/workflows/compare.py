@@ -27,27 +27,43 @@ class Compared:
     summaries: list[dict[str, Interval]]
     spreads: dict[str, dict[str, Spread]]
 
-    def spread_lines(self) -> list[str]:
-        """One line an arm that ran with several seeds."""
-        out = []
-        for name, spread in self.spreads.items():
-            shown = ", ".join(
-                f"{k} {spread[k].mean:.3f}±{spread[k].std:.3f}" for k in ("accuracy", "nll", "ece")
-            )
-            out.append(f"{name} over {spread['nll'].n} seeds: {shown}")
-        return out
-
     def as_json(self) -> dict[str, Any]:
         runs = [work.headline(e, s) for e, s in zip(self.evaluations, self.summaries, strict=True)]
-        return {"runs": runs, "over_seeds": {n: _plain(s) for n, s in self.spreads.items()}}
+        return {"runs": runs, "over_seeds": plain(self.spreads)}
 
 
-def _plain(spread: dict[str, Spread]) -> dict[str, dict[str, float]]:
+def spread_lines(spreads: Mapping[str, Mapping[str, Spread]], keys: Sequence[str]) -> list[str]:
+    """One line an arm that ran with several seeds."""
+    out = []
+    for name, spread in spreads.items():
+        shown = ", ".join(f"{k} {spread[k].mean:.3f}±{spread[k].std:.3f}" for k in keys)
+        out.append(f"{name} over {spread['nll'].n} seeds: {shown}")
+    return out
+
+
+def plain(spreads: Mapping[str, Mapping[str, Spread]]) -> dict[str, dict[str, dict[str, float]]]:
+    """For JSON; what is not defined is left out."""
     return {
-        k: {"mean": float(s.mean), "std": float(s.std), "n": int(s.n)}
-        for k, s in spread.items()
-        if s.mean == s.mean
+        name: {
+            k: {"mean": float(s.mean), "std": float(s.std), "n": int(s.n)}
+            for k, s in spread.items()
+            if s.mean == s.mean
+        }
+        for name, spread in spreads.items()
     }
+
+
+def check_named(folders: Sequence[Path]) -> None:
+    """Raises:
+    KilobayesError: no run, or one twice.
+    """
+    twice = [str(f) for i, f in enumerate(folders) if f.resolve() in {g.resolve() for g in folders[:i]}]
+    if twice:
+        raise KilobayesError("a run is named twice", ", ".join(twice), "name each run once")
+    if not folders:
+        raise KilobayesError(
+            "there is nothing to compare", remedy="name runs, as in kilobayes compare runs/a runs/b"
+        )
 
 
 def same_but_seed(folder: Path, spec: Mapping[str, str]) -> str:
@@ -60,13 +76,13 @@ def same_but_seed(folder: Path, spec: Mapping[str, str]) -> str:
 
 
 def pool(
-    folders: Sequence[Path], evaluations: Sequence[Evaluation], summaries: Sequence[dict[str, Interval]]
+    folders: Sequence[Path], specs: Sequence[Mapping[str, str]], summaries: Sequence[dict[str, Interval]]
 ) -> dict[str, dict[str, Spread]]:
     """The spread over seeds of runs that share everything but the seed, by the names of their folders."""
     groups: dict[str, dict[str, tuple[Path, dict[str, Interval]]]] = {}
-    for folder, evaluation, summary in zip(folders, evaluations, summaries, strict=True):
-        group = groups.setdefault(same_but_seed(folder, evaluation.spec), {})
-        group.setdefault(evaluation.spec["seed"], (folder, summary))  # a seed counts once
+    for folder, about, summary in zip(folders, specs, summaries, strict=True):
+        group = groups.setdefault(same_but_seed(folder, about), {})
+        group.setdefault(about["seed"], (folder, summary))  # a seed counts once
     return {
         ", ".join(folder.name for folder, _ in group.values()): over_seeds([s for _, s in group.values()])
         for group in groups.values()
@@ -91,13 +107,7 @@ def compare(
     Raises:
         KilobayesError: fewer than one run, one twice, a damaged one, or runs of different classes.
     """
-    twice = [str(f) for i, f in enumerate(folders) if f.resolve() in {g.resolve() for g in folders[:i]}]
-    if twice:
-        raise KilobayesError("a run is named twice", ", ".join(twice), "name each run once")
-    if not folders:
-        raise KilobayesError(
-            "there is nothing to compare", remedy="name runs, as in kilobayes compare runs/a runs/b"
-        )
+    check_named(folders)
     evaluations: list[Evaluation] = []
     first: Card | None = None
     found: tuple[Any, Any, str] | None = None
@@ -120,4 +130,4 @@ def compare(
     assert found is not None
     facts = {"source": data, "split": found[2], "rows": len(found[0])}
     summaries = work.write_outputs(out, evaluations, work.metadata(f"Runs compared on {data}", facts, []))
-    return Compared(evaluations, summaries, pool(folders, evaluations, summaries))
+    return Compared(evaluations, summaries, pool(folders, [e.spec for e in evaluations], summaries))

@@ -12,10 +12,12 @@ import yaml
 from kilobayes import spec, store
 from kilobayes.files import write_json, write_text_atomically
 from kilobayes.metrics import Interval
-from kilobayes.metrics.language import BINS, TokenScores, summarise
+from kilobayes.metrics.language import BINS, TokenScores
+from kilobayes.metrics.texts import TextEvaluation
 from kilobayes.model_files import model_folder
 from kilobayes.options import Options
 from kilobayes.run_yaml import write_yaml
+from kilobayes.workflows import language_evaluate as evaluation
 from kilobayes.workflows.evaluate import command, metadata, versions
 from kilobayes.workflows.folder import CHECKPOINT, Log, place
 from kilobayes.workflows.language import FittedLanguage, fit_documents
@@ -39,6 +41,7 @@ class FinishedLanguage:
     folder: Path
     fitted: FittedLanguage
     texts: Texts
+    evaluation: TextEvaluation
     summary: dict[str, Interval]
     sizes: dict[str, int]
 
@@ -46,7 +49,7 @@ class FinishedLanguage:
 def train(
     options: Options, *, source: Any = None, watch: Any = None, say: Callable[[str], None] = lambda line: None
 ) -> FinishedLanguage:
-    """Train, calibrate, save and evaluate.
+    """Train, calibrate, save, evaluate and report.
 
     Args:
         source: data in memory instead of ``options.data``.
@@ -89,16 +92,28 @@ def train(
     notes = [*texts.notes, *warnings_of(fitted)]
     for line in notes:
         say(f"note: {line}")
-    scores = fitted.scores(texts.test)
-    other = fitted.scores(texts.ood) if texts.ood else None
-    facts: dict[str, Any] = {"source": options.data or "in memory", "form": texts.train.form}
-    facts |= {"training rows": len(texts.train), "calibration rows": len(texts.calibration or [])}
-    summary = write_figures(folder, fitted, scores, other, facts | {"split": texts.test_name}, notes)
+    found = evaluation.evaluate(fitted, texts.test, texts.ood)
+    title = f"{Path(options.data).name or 'data'}: {found.name}"
+    (summary,) = evaluation.write_outputs(folder, [found], metadata(title, facts(options, texts), notes))
     # the last file: what is not there yet after a kill, --resume writes again
     write_text_atomically(
-        folder / "README.md", readme(fitted, scores, summary, texts.test_name, sizes, notes)
+        folder / "README.md", readme(fitted, found.scores, summary, texts.test_name, sizes, notes)
     )
-    return FinishedLanguage(folder, fitted, texts, summary, sizes)
+    return FinishedLanguage(folder, fitted, texts, found, summary, sizes)
+
+
+def facts(options: Options, texts: Texts) -> dict[str, Any]:
+    """Counts of the data, for the report."""
+    out: dict[str, Any] = {
+        "source": options.data or "in memory",
+        "form": texts.train.form,
+        "training rows": len(texts.train),
+        "calibration rows": len(texts.calibration or []),
+        f"rows evaluated ({texts.test_name})": len(texts.test),
+    }
+    if texts.ood is not None:
+        out["out-of-distribution rows"] = f"{len(texts.ood)} of {options.ood}"
+    return out
 
 
 def warnings_of(fitted: FittedLanguage) -> list[str]:
@@ -113,35 +128,6 @@ def warnings_of(fitted: FittedLanguage) -> list[str]:
     if fitted.trained is not None and fitted.trained.stopped:
         out.append("Training stopped at --max-minutes, before its schedule ended.")
     return out
-
-
-def figures(summary: dict[str, Interval]) -> dict[str, Any]:
-    """Values and limits as JSON takes them; what is not defined is null."""
-    return {
-        k: [None if v != v else round(float(v), 6) for v in (i.value, i.low, i.high)]
-        for k, i in summary.items()
-    }
-
-
-def write_figures(
-    folder: Path | None,
-    fitted: FittedLanguage,
-    scores: TokenScores,
-    other: TokenScores | None,
-    data: dict[str, Any],
-    notes: list[str],
-) -> dict[str, Interval]:
-    """The figures with their intervals, and ``metrics.json`` of them where a folder is named."""
-    summary = summarise(scores, other)
-    told = {"value, low, high": "95% bootstrap over documents", "bins": BINS, "unit": "learned tokens"}
-    counts = {"documents": len(scores.bytes), "tokens": len(scores.nll), "bytes": int(scores.bytes.sum())}
-    name = f"{spec.format(spec.adapter(fitted.card.adapter))} + {spec.format(fitted.posterior)}"
-    meta = metadata(name, data | counts, notes)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        found = {"task": "lm", "definitions": told, "metrics": figures(summary)}
-        write_json(folder / "metrics.json", found | meta)
-    return summary
 
 
 def readme(

@@ -68,7 +68,7 @@ def load_texts(options: Options, source: Any = None) -> Texts:
 
 
 def for_run(
-    folder: Path, source: str, split: str | None, columns: dict[str, str | None], limit: int | None
+    folder: Path, source: Any, split: str | None, columns: dict[str, str | None], limit: int | None
 ) -> tuple[Documents, str]:
     """Texts for a run, and the split they are of; columns not named are those that it was trained on.
 

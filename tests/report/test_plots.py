@@ -10,7 +10,7 @@ import pytest
 from matplotlib import rcParams
 
 from kilobayes.metrics.evaluation import Evaluation
-from kilobayes.report import plots, svg
+from kilobayes.report import drawing, plots, svg
 
 from . import simulated
 
@@ -27,7 +27,7 @@ def figures(arms: list[Evaluation]) -> dict[str, str]:
         "confidence": plots.confidence_histogram(arms[2], 2),
         "entropy": plots.shift_histogram(arms[2], 2),
         "information": plots.shift_histogram(arms[2], 2, quantity="mutual information"),
-        "swatch": plots.swatch(2),
+        "swatch": drawing.swatch(2),
     }
     return {name: picture for name, picture in drawn.items() if picture}
 
@@ -61,7 +61,7 @@ def test_every_reference_inside_a_figure_resolves_and_ids_carry_its_key(arms: li
         assert not seen & set(ids)
         seen |= set(ids)
     assert seen
-    assert 'id="' not in plots.swatch(0)  # it stands on a page many times
+    assert 'id="' not in drawing.swatch(0)  # it stands on a page many times
 
 
 def test_same_numbers_give_the_same_picture(arms: list[Evaluation]) -> None:
@@ -95,7 +95,7 @@ def test_histograms_are_shares_of_their_group() -> None:
 
 
 def test_arms_differ_without_colour() -> None:
-    looks = [plots._line(index) for index in range(24)]
+    looks = [drawing.line(index) for index in range(24)]
     assert len({(look["color"], look["linestyle"], look["marker"]) for look in looks}) == 24
     assert len({(look["linestyle"], look["marker"]) for look in looks[:6]}) == 6
 

@@ -45,10 +45,10 @@ def test_a_run_is_written_loaded_and_evaluated(tmp_path: Path, capsys: pytest.Ca
     found = json.loads((done.folder / "metrics.json").read_text())
     assert found["task"] == "lm"
     assert json.loads((done.folder / "posterior.json").read_text())["task"] == "lm"
-    value, low, high = found["metrics"]["nll"]
+    (told,) = found["runs"]
+    value, low, high = (told["metrics"]["nll"][part] for part in ("value", "low", "high"))
     assert low <= value <= high
-    assert found["metrics"]["perplexity"][0] == pytest.approx(np.exp(value), rel=1e-4)
-    told = found["data"]
+    assert told["metrics"]["perplexity"]["value"] == pytest.approx(np.exp(value), rel=1e-4)
     assert told["bytes"] == sum(len(t.encode()) for t in small_bytes.texts(6, 3))
     assert told["tokens"] == told["bytes"] + 6  # a byte a token, and the ends
     assert "| bits per byte |" in (done.folder / "README.md").read_text()
@@ -89,7 +89,9 @@ def test_the_command_line_checks_trains_and_generates(
         )
         == 0
     )
-    assert "ood_auroc" in json.loads((tmp_path / "e" / "metrics.json").read_text())["metrics"]
+    (told,) = json.loads((tmp_path / "e" / "metrics.json").read_text())["runs"]
+    assert "ood_auroc" in told["metrics"]
+    assert "Out of distribution" in (tmp_path / "e" / "report.html").read_text()
 
 
 def test_training_lowers_the_loss_and_packing_loses_nothing(tmp_path: Path) -> None:
