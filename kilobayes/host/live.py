@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from kilobayes.errors import KilobayesError
 from kilobayes.host.adopt import adopt, plain, wide
 from kilobayes.host.config import KilobayesConfig
-from kilobayes.host.stack import method, read
+from kilobayes.host.stack import read
 from kilobayes.types import Params
 
 
@@ -23,21 +23,14 @@ def live(model: nn.Module) -> Callable[[], Params]:
     """Reads copies ``(1, ...)`` of the leaves in training, plain LoRA's as :func:`adopt` would hold them.
 
     Raises:
-        KilobayesError: neither plain LoRA nor a hosted stack of one, an adapter that takes part in training
-            (RoseLoRA, B-LoRA), or weights that are spread over processes.
+        KilobayesError: neither plain LoRA nor a hosted stack of one, or weights spread over processes.
     """
-    if not _hosted(model):
+    if not is_hosted(model):
         found = plain(model)
         weights = [f[found.name].weight for m in found.layers.values() for f in (m.lora_A, m.lora_B)]
         _check_whole([*weights, *found.heads.values()])
         return found.leaves
-    leaves, adapter = read(model), method(model)
-    if acts := [name for name in ("project", "penalty") if hasattr(adapter, name)]:
-        raise KilobayesError(
-            f"{adapter!r} takes part in training, which other trainers do not let it do",
-            f"it has a {acts[0]}",
-            "train it with kilobayes",
-        )
+    leaves = read(model)
     stack = len(next(iter(leaves.values())))
     if stack != 1:
         raise KilobayesError(
@@ -60,10 +53,11 @@ def twin(model: nn.Module) -> PeftModel:
     with torch.random.fork_rng():  # PEFT draws a start for the hosted leaves, which is then replaced
         copied: Any = copy.deepcopy(model, shared)
         copied = extract_model_from_parallel(copied, keep_fp32_wrapper=False)  # without accelerate's autocast
-        return copied if _hosted(model) else adopt(copied)
+        return copied if is_hosted(model) else adopt(copied)
 
 
-def _hosted(model: nn.Module) -> bool:
+def is_hosted(model: nn.Module) -> bool:
+    """Whether a PeftModel carries an adapter of kilobayes."""
     configs = getattr(model, "peft_config", {})
     return any(isinstance(config, KilobayesConfig) for config in configs.values())
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from kilobayes.errors import KilobayesError
 
-STATE = "kilobayes.safetensors"  # beside each of the trainer's checkpoints
+# beside each of the trainer's checkpoints
+STATE = "kilobayes.safetensors"
+ADAPTER = "kilobayes-adapter.safetensors"
 
 
 def extent(loader: Any, args: Any, state: Any) -> tuple[int, int]:
@@ -21,19 +23,19 @@ def extent(loader: Any, args: Any, state: Any) -> tuple[int, int]:
         return state.max_steps, state.max_steps * batch
 
 
-def checkpoint(args: Any, state: Any) -> Path:
-    """The trainer's checkpoint that training goes on from.
+def kept(args: Any, state: Any, name: str) -> Path:
+    """A file beside the trainer's checkpoint that training goes on from.
 
     Raises:
-        KilobayesError: nothing was collected there.
+        KilobayesError: it is not there.
     """
     named = getattr(args, "resume_from_checkpoint", None)
     usual = Path(args.output_dir) / f"checkpoint-{state.global_step}"
     for folder in ([Path(named)] if isinstance(named, str) else []) + [usual]:
-        if (folder / STATE).is_file():
-            return folder
+        if (folder / name).is_file():
+            return folder / name
     raise KilobayesError(
         f"training goes on at step {state.global_step}, but nothing was collected until there",
-        f"there is no {usual / STATE}",
+        f"there is no {usual / name}",
         "resume from a checkpoint in output_dir that was written with this callback",
     )

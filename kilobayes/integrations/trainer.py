@@ -17,8 +17,9 @@ from kilobayes.checkpoint import read_tensors, write_atomically
 from kilobayes.energy import ModelEnergy
 from kilobayes.errors import KilobayesError
 from kilobayes.files import write_json
-from kilobayes.host.live import live, twin
-from kilobayes.integrations.places import STATE, checkpoint, extent
+from kilobayes.host.live import is_hosted, live, twin
+from kilobayes.integrations.adapter import AdapterCallback
+from kilobayes.integrations.places import STATE, extent, kept
 from kilobayes.integrations.subject import Subject, as_encoded, subject, tokenised
 from kilobayes.posteriors import ask
 from kilobayes.posteriors.wrapping import Wrapping
@@ -79,6 +80,7 @@ class PosteriorCallback(TrainerCallback):
         self._rates: list[list[float]] = []
         self._own: list[float] = []
         self._subject: Subject | None = None
+        self._adapter: AdapterCallback | None = None
         check_watches(self.posterior)
         if self._looks() and calibration is None:
             raise KilobayesError(
@@ -93,9 +95,11 @@ class PosteriorCallback(TrainerCallback):
         loader = kwargs["train_dataloader"]
         self.seed, self._rates, self._before = args.seed, [], None
         self._per_epoch, self._rows = extent(loader, args, state)
-        folder = checkpoint(args, state) if state.global_step else None
-        if folder is not None:
-            self._resume(folder / STATE)
+        if state.global_step:
+            self._resume(kept(args, state, STATE))
+        if is_hosted(kwargs["model"]):
+            self._adapter = AdapterCallback()
+            self._adapter.on_train_begin(args, state, control, **kwargs)
         if not state.is_world_process_zero:
             return
         if (self.out / "posterior.json").exists():
@@ -107,7 +111,7 @@ class PosteriorCallback(TrainerCallback):
                 f"{self.posterior!r} is fitted on class scores", "a language model", "as in SWAG(rank=10)"
             )
         theta = self._theta()
-        if folder is None:
+        if not state.global_step:
             self.state = self.posterior.init(theta, generator(self.seed, 3))
         moved = map_params(lambda t: t + 1.0, theta)
         if ask.penalty(self.posterior, self.state, moved, self._progress(state, 1)).any():
@@ -115,6 +119,8 @@ class PosteriorCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Puts the posterior's learning rate in the place of the schedule's, for this step alone."""
+        if self._adapter is not None:
+            self._adapter.on_pre_optimizer_step(args, state, control, **kwargs)
         groups = kwargs["optimizer"].param_groups
         self._own = [group["lr"] for group in groups]
         peaks = [float(group.get("initial_lr", args.learning_rate)) for group in groups]
@@ -131,6 +137,8 @@ class PosteriorCallback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gives the schedule its learning rate back, which may be made of the one before."""
+        if self._adapter is not None:
+            self._adapter.on_optimizer_step(args, state, control, **kwargs)
         for group, lr in zip(kwargs["optimizer"].param_groups, self._own):
             group["lr"] = lr
 
@@ -152,9 +160,13 @@ class PosteriorCallback(TrainerCallback):
             tensors = {f"state|{key}": value for key, value in flatten_state(self.state).items()}
             tensors["rates"] = torch.tensor(self._rates, dtype=torch.float64)
             write_atomically(folder / STATE, tensors, {"posterior": repr(self.posterior)})
+        if self._adapter is not None:
+            self._adapter.on_save(args, state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Fits what is fitted after training, and writes the run."""
+        if self._adapter is not None:
+            self._adapter.on_train_end(args, state, control, **kwargs)
         if not state.is_world_process_zero or self._subject is None:
             return
         if state.global_step < state.max_steps and self._before is not None:
@@ -164,7 +176,7 @@ class PosteriorCallback(TrainerCallback):
                 stacklevel=2,
             )
             progress = replace(self._progress(state, state.global_step), steps=state.global_step)
-            self.state = self.posterior.observe(self._before, self._last, progress)
+            self.state = self.posterior.observe(self._before, self._theta(), progress)
         self.state = map_state(Tensor.cpu, self.state)
         model: Any = twin(kwargs["model"])
         if _fits(self.posterior):

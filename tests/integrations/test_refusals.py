@@ -86,11 +86,6 @@ def changed() -> Any:
         (plain, {"classes": ["a", "b"]}, "has 3 classes"),
         (lambda: get_peft_model(base(num_labels=1, id2label={0: "a"}), lora()), {}, "one of several classes"),
         (lambda: get_peft_model(base(), kb.KilobayesConfig(stack=2, task_type="SEQ_CLS")), {}, "stack of 2"),
-        (
-            lambda: get_peft_model(base(), kb.KilobayesConfig(adapter="RoseLoRA()", task_type="SEQ_CLS")),
-            {},
-            "takes part in training.*project.*train it with kilobayes",
-        ),
     ],
 )
 def test_models_that_cannot_be_watched_are_refused_before_training(

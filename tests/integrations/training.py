@@ -77,7 +77,13 @@ class Recorder(TrainerCallback):
 
 
 def train(
-    model: Any, folder: Path, *callbacks: Any, rows: int = 24, resume: Any = None, **options: Any
+    model: Any,
+    folder: Path,
+    *callbacks: Any,
+    rows: int = 24,
+    resume: Any = None,
+    optimizers: Any = (None, None),
+    **options: Any,
 ) -> Any:
     """A trainer that has trained, by default 12 steps of 8 rows in 4 epochs."""
     common = {
@@ -88,7 +94,12 @@ def train(
     arguments = TrainingArguments(output_dir=str(folder), **common | options)
     collator = DataCollatorWithPadding(AutoTokenizer.from_pretrained(small.base()))
     trainer = Trainer(
-        model, arguments, train_dataset=tokens(rows), data_collator=collator, callbacks=list(callbacks)
+        model,
+        arguments,
+        train_dataset=tokens(rows),
+        data_collator=collator,
+        callbacks=list(callbacks),
+        optimizers=optimizers,
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
