@@ -140,6 +140,19 @@ def mix(model: nn.Module, theta: Params, weights: Tensor, how: str = "auto") -> 
     return replace(found, theta=out)
 
 
+def drawn(update: Params, n: int, gen: torch.Generator) -> Params:
+    """Draws ``(V n, ...)`` of users' moments ``(V, ...)``, all of the same noise; the leaves where n is 1."""
+    theta = tree.plain(update)
+    if n == 1:
+        return theta
+    out = {}
+    for key in sorted(theta):
+        mean, deviation = update[f"{key}{MEAN}"], update[f"{key}{VARIANCE}"].sqrt()
+        noise = torch.randn(n, *mean.shape[1:], generator=gen).to(mean)
+        out[key] = (mean[:, None] + deviation[:, None] * noise).flatten(0, 1)
+    return out
+
+
 def everyone(trust: Tensor, present: Sequence[str], names: Sequence[str]) -> Tensor:
     """W of all users from that of those present: the others keep what they have."""
     out = torch.eye(len(names), dtype=trust.dtype)

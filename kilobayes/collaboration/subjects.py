@@ -38,6 +38,9 @@ class Subject(Protocol):
     @property
     def model(self) -> nn.Module: ...
 
+    @property
+    def task(self) -> Any: ...
+
     def encode(self, rows: Any) -> Any:
         """Tokens of a user's rows."""
         ...

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kilobayes import tree
 from kilobayes.collaboration import rounds, updates
-from kilobayes.collaboration.party import Party
+from kilobayes.collaboration.party import Party, gather
 from kilobayes.collaboration.scheme import Scheme
 from kilobayes.collaboration.settings import Together
 from kilobayes.errors import KilobayesError
@@ -31,7 +31,6 @@ from kilobayes.workflows import users
 from kilobayes.workflows.collaborate_page import heat_map, readme
 from kilobayes.workflows.evaluate import command, versions
 from kilobayes.workflows.folder import place
-from kilobayes.workflows.gather import gather, save
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +99,7 @@ def collaborate(
     lines = run(party, together, folder / "rounds.jsonl", kinds, say)
     say("testing")
     figures = party.test()
-    sizes = save(party, options, {name: folder / "users" / name for name in party.names}, where)
+    sizes = party.save([folder / "users" / name for name in party.names])
     trust = torch.tensor([line["trust"] for line in lines], dtype=torch.float64)
     done = Collaborated(folder, party.names, trust, figures, lines)
     write_json(folder / "metrics.json", {
@@ -135,7 +134,7 @@ def run(
         sent = party.train(step)
         mixed, line = exchange(party, scheme, sent, together.average, kinds)
         before = max((old["step"] for old in lines if old["step"] < step), default=0)
-        losses = party.losses_so_far[before:step].nanmean(dim=0).tolist()
+        losses = party.training_losses[before:step].nanmean(dim=0).tolist()
         line = {"step": step} | line | {"loss": [None if v != v else round(v, 6) for v in losses]}
         lines = [*(old for old in lines if old["step"] < step), line]
         if path is not None:
