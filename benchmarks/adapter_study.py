@@ -41,7 +41,7 @@ from kilobayes.types import delta
 from kilobayes.workflows.attach import attach, start
 from kilobayes.workflows.data import first_test
 
-ROWS = {"rte": 300, "mrpc": 400, "cola": 1000, "sst2": 500, "stsb": 500, "trec": 300}  # by length: cola's are shortest
+ROWS = {"rte": 300, "mrpc": 400, "cola": 1000, "sst2": 500, "stsb": 500, "trec": 300}  # cola's are short
 ARMS = {
     "LoRA": "LoRA(r=8)",
     "OLoRA": "OLoRA(r=8)",
