@@ -14,6 +14,7 @@ from kilobayes.commands.calibrate import calibrate
 from kilobayes.commands.collaborate import collaborate
 from kilobayes.commands.edit import edit
 from kilobayes.commands.export import export
+from kilobayes.commands.federated import client, server
 from kilobayes.commands.flags import (
     Coverage,
     Data,
@@ -184,14 +185,10 @@ def thin(
     command.thin(run, bytes_, how, out, model, as_json=json_)
 
 
-app.command()(arithmetic)
-app.command()(discriminator)
-app.command()(transfer)
-app.command()(calibrate)
-app.command()(collaborate)
-app.command()(edit)
-app.command()(serve)
-app.command()(proxy)
+for _command in (
+    arithmetic, discriminator, transfer, calibrate, collaborate, server, client, edit, serve, proxy,
+):  # fmt: skip
+    app.command()(_command)
 
 
 @app.command("list")

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -88,16 +89,21 @@ def listen(host: str, port: int) -> socket.socket:
     return out
 
 
-def prepared(app: Any, timeout: float, ready: Callable[[], None]) -> Server:
+def prepared(
+    app: Any, timeout: float, ready: Callable[[], None], *, tls: tuple[Path, Path] | None = None
+) -> Server:
     """What serves an application: its ``run(sockets=[listening])`` returns when all accepted is answered.
 
     Args:
         timeout: seconds that a request may take.
         ready: called when requests are taken.
+        tls: PEM files of a certificate and its key; None for plain HTTP.
     """
+    certificate, key = tls or (None, None)
     config = uvicorn.Config(
         app, log_config=None, log_level="warning", access_log=False, server_header=False, lifespan="on",
         timeout_graceful_shutdown=int(timeout) + 5, ws="none", proxy_headers=False,
+        ssl_certfile=certificate, ssl_keyfile=key,
     )  # fmt: skip
     out = Server(config)
     started = out.startup
