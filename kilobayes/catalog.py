@@ -30,7 +30,7 @@ class Entry:
 
 @functools.cache
 def catalog(kind: str) -> dict[str, Entry]:
-    """Every adapter or posterior by name, in the order of the package's ``__all__``."""
+    """Every adapter or posterior of the package's ``__all__``, by name, in alphabetical order."""
     folder = Path(__file__).parent / kind
     order = _exports(folder / "__init__.py")
     found = {
@@ -40,7 +40,7 @@ def catalog(kind: str) -> dict[str, Entry]:
         for entry in _entries(path)
         if entry.name in order
     }
-    return {name: found[name] for name in order}
+    return {name: found[name] for name in sorted(order, key=str.lower)}
 
 
 def _default(value: ast.expr | None) -> str:

@@ -86,19 +86,35 @@ def list_methods(model: str | None, targets: str | None, *, as_json: bool) -> No
     from rich.text import Text
 
     out = console.Console(highlight=False)
+    if model:
+        out.print(_size_table([row for row in rows if row["name"] in sizes], model))
+        return
     for row in rows:
         shown = ", ".join(f"{k}={v}" if v else k for k, v in row["options"].items())
         title = Text.assemble(
             (f"{row['kind']} ", "dim"), (f"{row['name']}({shown})", "bold"), overflow="fold"
         )
         out.print(title)
-        facts = [
-            f"arXiv:{row['arxiv']}" if row["arxiv"] else "",
-            f"trains {row['trained']:,} numbers, stores {row['bytes']:,} bytes" if "bytes" in row else "",
-            f"does not fit this model: {row['error']}" if "error" in row else "",
-        ]
-        told = " ".join([row["summary"], *(f for f in facts if f)])
+        told = " ".join([row["summary"], *([f"arXiv:{row['arxiv']}"] if row["arxiv"] else [])])
         out.print(Padding(Text(told), (0, 0, 1, 4)))
+
+
+def _size_table(rows: list[dict[str, Any]], model: str) -> Any:
+    """What each adapter trains and stores on a model, from the smallest file up."""
+    from rich.table import Table
+
+    lora = next((row["bytes"] for row in rows if row["name"] == "LoRA" and "bytes" in row), None)
+    out = Table("adapter", title=f"{model}: heads apart, float32, at the defaults", title_justify="left")
+    for column in ("numbers trained", "bytes stored", "of LoRA's"):
+        out.add_column(column, justify="right")
+    for row in sorted(rows, key=lambda row: row.get("bytes", float("inf"))):
+        if "error" in row:
+            out.add_row(row["name"], "does not fit:", row["error"], "")
+        else:
+            share = f"{row['bytes'] / lora:.1%}" if lora else ""
+            bound = "at most " if row["name"] == "BLoRA" else ""
+            out.add_row(row["name"], f"{row['trained']:,}", f"{bound}{row['bytes']:,}", share)
+    return out
 
 
 def _sizes(model: str, targets: str | None) -> dict[str, dict[str, Any]]:
