@@ -58,6 +58,7 @@ def transfer(
         seeds: a few real examples to start from.
         unlabelled: texts to make inputs from.
         audit: real rows that made-up inputs are compared with, for the report alone.
+        columns: ``text_column`` and ``pair_column`` of ``unlabelled``.
         more: fields of :class:`~kilobayes.workflows.transfer.Plan`, such as ``discriminator`` or
             ``inputs``; of :class:`~kilobayes.workflows.transfer_inputs.Making`, such as ``generator``; and of
             :class:`~kilobayes.options.Options`, of the student, whose ``adapter``, ``posterior`` and longest

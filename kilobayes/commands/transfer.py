@@ -8,10 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from kilobayes.commands.flags import Device, Json, Model, Pair, Run, Text
+from kilobayes.commands.flags import Device, Json, Model, Run
 from kilobayes.options import Options
 
 Unlabelled = Annotated[str | None, typer.Option(help="Texts without labels to make inputs from.")]
+Text = Annotated[str | None, typer.Option(help="Column of the text in --unlabelled.")]
+Pair = Annotated[str | None, typer.Option(help="Column of the second text of a pair there.")]
 Writer = Annotated[str, typer.Option(help="Language model that makes inputs: a base, or a run.")]
 How = Annotated[
     str, typer.Option(help="continue, retrieve, perturb or given; auto: the first there is something for.")

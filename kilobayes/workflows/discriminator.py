@@ -87,6 +87,7 @@ def train_discriminator(
             ``data``. They are written out: look at them.
         unlabelled: texts to make inputs from.
         limit: at most so many real rows.
+        columns: ``text_column`` and ``pair_column`` of ``unlabelled``; others have the source's.
         model: where the source's base is now, if it moved.
         training: of the discriminator, as :class:`~kilobayes.options.Options` has them.
 
@@ -99,15 +100,15 @@ def train_discriminator(
     folder = Path(out) if str(out) else source / "discriminator"
     if (folder / "posterior.json").exists():
         raise KilobayesError(f"{folder} holds a run already", remedy="name another folder with --out")
-    columns, seed = columns or {}, int(training.get("seed", 0))
-    real = list({normal(r): r for r in read(source, card, data, making.words, split, **columns)}.values())
+    seed = int(training.get("seed", 0))
+    real = list({normal(r): r for r in read(source, card, data, making.words, split)}.values())
     order = np.random.default_rng(seed).permutation(len(real))
     chosen = [real[int(at)] for at in order[:examples]]
     if seeds is not None:
-        chosen = read(source, card, seeds, making.words, **columns)
+        chosen = read(source, card, seeds, making.words)
     among = {normal(row) for row in chosen}
     real = [real[int(at)] for at in order if normal(real[int(at)]) not in among][:limit]
-    pool = [] if unlabelled is None else read(source, card, unlabelled, making.words, **columns)
+    pool = [] if unlabelled is None else read(source, card, unlabelled, making.words, **(columns or {}))
     writer = (model or card.base) if card.task == "lm" else ""
     generator = maker(making, card, chosen, pool, writer, TRAINING, training.get("device", "auto"))
     wanted = len(real)

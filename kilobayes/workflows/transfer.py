@@ -89,6 +89,7 @@ def transfer(
         seeds: real examples to start from; by default those that the discriminator keeps.
         unlabelled: texts to make inputs from.
         audit: real rows that made-up inputs are compared with, for the report alone.
+        columns: ``text_column`` and ``pair_column`` of ``unlabelled``; others have the source's.
 
     Raises:
         KilobayesError: as every stage; a folder that holds another run, or this one finished.
@@ -105,12 +106,12 @@ def transfer(
     options = place(transfer_run.of_source(options, source, card))
     folder = Path(options.out)
     judge = _judge(plan, source, card, options.device)
-    words, more = plan.making.words, columns or {}
+    words = plan.making.words
     if seeds is None and judge is not None:
         seeds = judge.folder / "seeds.jsonl"
-    start = [] if seeds is None else read(source, card, seeds, words, **more)
-    pool = [] if unlabelled is None else read(source, card, unlabelled, words, **more)
-    known = [] if audit is None else read(source, card, audit, words, **more)
+    start = [] if seeds is None else read(source, card, seeds, words)
+    pool = [] if unlabelled is None else read(source, card, unlabelled, words, **(columns or {}))
+    known = [] if audit is None else read(source, card, audit, words)
     folder.mkdir(parents=True, exist_ok=True)
     settings = transfer_run.settings(folder, plan, options, start, pool)
     write_yaml(folder / "run.yaml", options)
