@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from kilobayes.metrics import conformal
 from kilobayes.options import Options
 from kilobayes.posteriors import ask
 from kilobayes.run_yaml import write_yaml
-from kilobayes.tasks.data import Examples, load_examples
+from kilobayes.tasks import given
 from kilobayes.tasks.split import stratified_holdout
 from kilobayes.workflows.conformal import write
 from kilobayes.workflows.data import reads
@@ -50,9 +49,15 @@ class Classifier(ClassifierMixin, BaseEstimator):
     ``fit(texts, labels)`` takes strings, pairs of strings, or an array of one or two columns of them. Where
     the posterior needs it, a share of the rows is held out for calibration, by class.
 
+    With ``task="choice"`` a decoder answers. Rows are texts, or have columns: a data frame, or a list of
+    dictionaries. Questions with options (``{"question": ..., "choices": [...]}``) take the right option's
+    letter or number as their label, and ``classes_`` are the places of options.
+
     Args:
         model: base model: a folder, a hub id, or ``"minilm"``.
         adapter, posterior: objects or specifications.
+        task, template, answers: classify, by a head; or choice, and how it puts a row, as flags of
+            ``kilobayes train``.
         calibration: share of the rows held out for calibration.
         samples: posterior samples that predictions average over.
         lr, epochs, batch_size, at_once, max_length, target_modules, device, dtype: as flags of
@@ -70,6 +75,9 @@ class Classifier(ClassifierMixin, BaseEstimator):
         adapter: Any = "LoRA(r=8)",
         posterior: Any = "Temperature(SWAG(rank=10))",
         *,
+        task: str = Options.task,
+        template: str | None = None,
+        answers: str | None = None,
         calibration: float = 0.2,
         samples: int = 10,
         lr: float = Options.lr,
@@ -85,6 +93,9 @@ class Classifier(ClassifierMixin, BaseEstimator):
         self.model = model
         self.adapter = adapter
         self.posterior = posterior
+        self.task = task
+        self.template = template
+        self.answers = answers
         self.calibration = calibration
         self.samples = samples
         self.lr = lr
@@ -109,11 +120,12 @@ class Classifier(ClassifierMixin, BaseEstimator):
         Raises:
             KilobayesError: no texts, one class only, lengths that differ, settings that do not work.
         """
-        texts = _texts(X)
+        rows: Any = given.columns(X) if self.task == "choice" else given.texts(X)
+        count = len(rows) if isinstance(rows, list) else len(next(iter(rows.values())))
         labels = np.asarray(y)
-        if labels.ndim != 1 or len(labels) != len(texts):
+        if labels.ndim != 1 or len(labels) != count:
             raise KilobayesError(
-                f"{len(texts)} texts need as many labels", f"found an array of shape {labels.shape}"
+                f"{count} texts need as many labels", f"found an array of shape {labels.shape}"
             )
         try:
             if labels.dtype.kind == "f" and not np.isfinite(labels).all():
@@ -127,11 +139,14 @@ class Classifier(ClassifierMixin, BaseEstimator):
         if len(self.classes_) < 2:
             raise KilobayesError("classification needs at least two classes", f"found {list(self.classes_)}")
         names = [str(c) for c in self.classes_]
-        examples = replace(load_examples(texts, need_labels=False), labels=indices.tolist(), classes=names)
-        held = None
-        posterior = spec.posterior(self.posterior)
+        if self.task == "choice":
+            examples, called = given.prompts(rows, labels, names, self.template, self.answers)
+            self.classes_ = self.classes_ if called is None else called
+        else:
+            examples = given.labelled(rows, indices.tolist(), names)
+        held, posterior = None, spec.posterior(self.posterior)
         if ask.needs_calibration(posterior):
-            kept, out = stratified_holdout(indices, float(self.calibration), self.seed)
+            kept, out = stratified_holdout(examples.labels or [], float(self.calibration), self.seed)
             examples, held = examples.take(kept), examples.take(out)
         fitted = fit_examples(self._options(posterior), examples, held)
         kind = {"b": "bool", "i": "int", "u": "int", "f": "float"}.get(self.classes_.dtype.kind, "str")
@@ -140,8 +155,8 @@ class Classifier(ClassifierMixin, BaseEstimator):
 
     def _options(self, posterior: Any) -> Options:
         names = (
-            "model", "samples", "lr", "epochs", "batch_size", "at_once", "max_length", "target_modules",
-            "device", "dtype", "seed",
+            "model", "task", "template", "answers", "samples", "lr", "epochs", "batch_size", "at_once",
+            "max_length", "target_modules", "device", "dtype", "seed",
         )  # fmt: skip
         own = {name: getattr(self, name) for name in names}
         adapter = spec.adapter(self.adapter)
@@ -157,8 +172,8 @@ class Classifier(ClassifierMixin, BaseEstimator):
         """Labels with their probabilities and two kinds of uncertainty, row by row."""
         check_is_fitted(self)
         card = self.fitted_.card
-        rows = X if card.task == "choice" else _texts(X)  # a template names columns
-        out = self.fitted_.predict(reads(card)(rows, need_labels=False), samples)
+        rows = reads(card)(given.rows_of(X, card.prompt), need_labels=False)
+        out = self.fitted_.predict(rows, samples)
         probs = out.probs.numpy()
         return Prediction(
             labels=self.classes_[probs.argmax(axis=1)],
@@ -212,33 +227,9 @@ class Classifier(ClassifierMixin, BaseEstimator):
     def around(cls, fitted: Fitted, model: str | None = None, device: str = "auto") -> Classifier:
         """A classifier that predicts with a model which has its posterior."""
         card = fitted.card
-        given: dict[str, Any] = {"samples": card.samples, "device": device, "dtype": card.dtype}
-        out = cls(model or card.base, card.adapter, card.posterior, **given)
+        own = {"samples": card.samples, "device": device, "dtype": card.dtype, **card.settings}
+        out = cls(model or card.base, card.adapter, card.posterior, **own)
         read: Any = {"bool": lambda c: c == "True", "int": int, "float": float, "str": str}[card.label_kind]
         out.classes_ = np.asarray([read(c) for c in card.classes])
         out.fitted_ = fitted
         return out
-
-
-def _texts(X: Any) -> list[Any]:
-    """Strings, or pairs of them, from a list, an array of strings, or one or two columns."""
-    if isinstance(X, Examples):
-        return X.texts if X.pairs is None else list(zip(X.texts, X.pairs, strict=True))
-    if hasattr(X, "to_numpy"):
-        X = X.to_numpy()
-    rows: Sequence[Any] = list(X)
-    out: list[Any] = []
-    for number, row in enumerate(rows, 1):
-        if isinstance(row, np.ndarray | list | tuple):
-            row = row[0] if len(row) == 1 else tuple(row)
-        if not (
-            isinstance(row, str)
-            or (isinstance(row, tuple) and len(row) == 2 and all(isinstance(t, str) for t in row))
-        ):
-            raise KilobayesError(
-                f"row {number} is no text or pair of texts", f"found {row!r:.60}", "give strings"
-            )
-        out.append(str(row) if isinstance(row, str) else row)
-    if not out:
-        raise KilobayesError("there are no texts")
-    return out

@@ -17,7 +17,7 @@ _UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
 @dataclass(frozen=True)
 class Loss:
-    """What arms are ranked by, lower being better: a key of summaries, its name, alone and with an article."""
+    """What arms are ranked by, lower being better: a key of summaries; its name, also with an article."""
 
     key: str = "nll"
     name: str = "NLL"

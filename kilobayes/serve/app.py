@@ -23,6 +23,7 @@ from kilobayes.serve.guard import Guard
 from kilobayes.serve.metrics import Metrics
 from kilobayes.serve.routes import Routes, add_routes
 from kilobayes.serve.shelf import Shelf
+from kilobayes.tasks.prompt import CHOICES
 
 PATHS = ("/", "/health", "/metrics", "/predict", "/v1/models", "/v1/completions", "/v1/chat/completions")
 
@@ -84,7 +85,11 @@ def described(shelf: Shelf, name: str) -> dict[str, Any]:
     if name in shelf.classifiers:
         fitted = shelf.fitted(name)
         card = fitted.card
-        out |= {"task": "classify", "classes": list(card.classes), "paired": card.paired}
+        out |= {"task": card.task, "classes": list(card.classes), "paired": card.paired}
+        if card.prompt is not None:
+            own = [field for field in dict.fromkeys(card.prompt.fields) if field != CHOICES]
+            options = CHOICES in card.prompt.fields or bool(card.scoring)
+            out |= {"template": card.template, "fields": own, "options": options}
         out |= {"adapter": card.adapter, "posterior": card.posterior, "base": Path(card.base).name}
         return out | {"calibrated": fitted.calibration is not None}
     decoder, run = shelf.speakers[name]

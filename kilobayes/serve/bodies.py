@@ -10,6 +10,7 @@ from kilobayes.errors import KilobayesError
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Text = str | tuple[str, str]
+Cell = str | bool | int | float | list[str] | dict[str, list[str]] | None
 Kind = TypeVar("Kind", bound="Body")
 CHAT_TOKENS = 256  # of a reply, where a conversation's request does not say
 
@@ -23,16 +24,18 @@ class Body(BaseModel):
 
 
 class Predict(Body):
-    """Texts, or pairs of texts, to be classified.
+    """Texts, pairs of texts, or rows with columns, to be classified.
 
     Attributes:
         texts: one or many.
+        rows: columns by name, as a decoder's template names them; of questions also their options.
         coverage: asks for sets of labels that hold the right one so often.
         sets: how they are made.
         max_error: accept so many rows that at most this share is wrong.
     """
 
-    texts: Annotated[list[Text], Field(min_length=1)]
+    texts: Annotated[list[Text], Field(min_length=1)] | None = None
+    rows: Annotated[list[dict[str, Cell]], Field(min_length=1)] | None = None
     coverage: Share | None = None
     sets: Literal["lac", "aps", "raps", "top_k"] = "lac"
     max_error: Share | None = None
@@ -42,7 +45,20 @@ class Predict(Body):
     def _one_text(cls, given: Any) -> Any:
         if isinstance(given, dict) and isinstance(given.get("texts"), str):
             return given | {"texts": [given["texts"]]}
+        if isinstance(given, dict) and isinstance(given.get("rows"), dict):
+            return given | {"rows": [given["rows"]]}
         return given
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Predict:
+        if (self.texts is None) == (self.rows is None):
+            raise ValueError("give texts or rows")
+        return self
+
+    @property
+    def given(self) -> list[Any]:
+        """Texts or rows, whichever there are."""
+        return list(self.texts or self.rows or ())
 
 
 class StreamOptions(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from kilobayes.predict import Predictive
 from kilobayes.serve.answers import Service
 from kilobayes.serve.bodies import Predict
 from kilobayes.serve.pool import Row, rows_of
-from kilobayes.tasks.data import load_examples
+from kilobayes.workflows.data import reads
 from kilobayes.workflows.evaluate import prediction_rows
 from kilobayes.workflows.finetune import Fitted
 
@@ -33,11 +34,11 @@ class Predictions:
         asked = await service.body(request, Predict)
         name = service.chosen(asked.model, service.shelf.classifiers, "classifiers")
         most = service.limits.max_queue
-        if len(asked.texts) > most:
-            raise KilobayesError(f"a request holds at most {most} texts", f"found {len(asked.texts)}")
+        if len(asked.given) > most:
+            raise KilobayesError(f"a request holds at most {most} texts", f"found {len(asked.given)}")
         fitted = service.shelf.fitted(name)
         rows, examples, cut = await service.aside(lambda: self._encoded(fitted, asked))
-        service.metrics.tokens.labels("read").inc(sum(len(row.ids) for row in rows))
+        service.metrics.tokens.labels("read").inc(sum(len(ids) for row in rows for ids in row.ids))
         job = service.put(lambda: service.engine.ask(name, rows))
         scores = await service.until(request, asyncio.wrap_future(job.future))
 
@@ -55,14 +56,19 @@ class Predictions:
         }
 
     def _encoded(self, fitted: Fitted, asked: Predict) -> tuple[list[Row], Any, int]:
-        kinds = {isinstance(text, tuple) for text in asked.texts}
-        if kinds != {fitted.card.paired}:
+        if fitted.card.task != "choice" and asked.texts is None:
+            raise KilobayesError("this model takes texts", "found rows", 'as in {"texts": ["a text"]}')
+        kinds = {isinstance(text, tuple) for text in asked.texts or ()}
+        if asked.texts and kinds != {fitted.card.paired}:
             two = "pairs of texts" if fitted.card.paired else "single texts"
             raise KilobayesError(f"this model was trained on {two}", "found others")
         if asked.coverage is not None or asked.max_error is not None:
             self._check(fitted)
-        examples = load_examples(asked.texts, need_labels=False)
+        examples = reads(fitted.card)(asked.given, need_labels=False)
         encoded = fitted.encode(examples)
+        if fitted.card.task == "choice" and encoded.counts is None:  # others of the run may have options
+            every = torch.full((len(encoded),), len(fitted.card.classes))
+            encoded = dataclasses.replace(encoded, counts=every)
         return rows_of(encoded), examples, encoded.truncated
 
     def _check(self, fitted: Fitted) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -30,18 +30,26 @@ from kilobayes.workflows.finetune import Fitted
 BLOCK = 0.1  # what a block costs beside its rows, in rows
 
 
-@dataclass(frozen=True, eq=False)
-class Row:
-    """A text's tokens; type ids where the tokenizer has them."""
-
-    ids: list[int]
-    types: list[int] | None = None
+Row = Encoded  # of one
 
 
 def rows_of(encoded: Encoded) -> list[Row]:
     """Encoded rows one by one."""
-    types = encoded.type_ids
-    return [Row(ids, None if types is None else types[at]) for at, ids in enumerate(encoded.ids)]
+    return [encoded.take(torch.tensor([at])) for at in range(len(encoded))]
+
+
+def joined(rows: Sequence[Row]) -> Encoded:
+    """Rows one by one as one; all of one task, which says what they are made of."""
+    columns: dict[str, Any] = {}
+    for name in (field.name for field in fields(rows[0])):
+        parts = [getattr(row, name) for row in rows]
+        if isinstance(parts[0], Tensor):
+            columns[name] = torch.cat(parts)
+        elif isinstance(parts[0], list):
+            columns[name] = [value for part in parts for value in part]
+        else:
+            columns[name] = parts[0]
+    return type(rows[0])(**columns)
 
 
 def linearised(fitted: Fitted) -> bool:
@@ -53,7 +61,8 @@ class Pool:
     """Runs that share a forward.
 
     Args:
-        fitted: runs over one and the same model; a linearised one is alone.
+        fitted: runs over one and the same model; a linearised one, and one of a decoder that chooses, whose
+            answers are its own, is alone.
         samples: draws of each; None takes the run's own number.
     """
 
@@ -84,8 +93,7 @@ class Pool:
         Args:
             asked: which run, and the row.
         """
-        types = None if asked[0][1].types is None else [row.types or [] for _, row in asked]
-        encoded = Encoded([row.ids for _, row in asked], types, None, 0)
+        encoded = joined([row for _, row in asked])
         runs = sorted({run for run, _ in asked})
         if len(runs) == 1:
             return list(self._one(self.fitted[runs[0]], runs[0], encoded).unbind(dim=1))

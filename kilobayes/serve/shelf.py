@@ -11,10 +11,12 @@ from kilobayes import host, spec, store
 from kilobayes.card import Card, read_card
 from kilobayes.errors import KilobayesError
 from kilobayes.language import LanguageModel
+from kilobayes.models import Base
 from kilobayes.serve.decoder import Decoder
 from kilobayes.serve.pool import Pool, linearised
 from kilobayes.types import Params
 from kilobayes.workflows import conformal
+from kilobayes.workflows import kinds as tasks
 from kilobayes.workflows.finetune import Fitted
 from kilobayes.workflows.finetune import load as load_fitted
 
@@ -79,15 +81,9 @@ def load(
         at_once: sequences that are written at a time.
 
     Raises:
-        KilobayesError: as loading a run alone; a task that is not served.
+        KilobayesError: as loading a run alone.
     """
     cards = {name: read_card(path, "") for name, path in runs.items()}
-    odd = next((name for name, card in cards.items() if card.task not in ("classify", "lm")), None)
-    if odd is not None:
-        raise KilobayesError(
-            f"{runs[odd]} is of a task that is not served", f"task {cards[odd].task}",
-            "kilobayes predict answers it; classify and lm are served",
-        )  # fmt: skip
     kinds: dict[Any, list[str]] = {}
     for name, card in cards.items():
         kinds.setdefault(kind_of(card), []).append(name)
@@ -133,7 +129,8 @@ def _beside(first: Fitted, path: Path) -> Fitted | None:
         posterior, state = store.read_state(path, card, leaves)
     except KilobayesError:
         return None  # loaded alone, where a damaged file is told of
-    task: Any = replace(first.task, classes=tuple(card.classes), max_length=card.max_length)  # type: ignore[type-var]
+    base = Base(first.model, first.task.tokenizer, card.base, ())
+    task = tasks.kind_of(card.task).make(base, card.classes, card.max_length, card.prompt)
     calibration = conformal.read(path, len(card.classes))
     return Fitted(first.model, task, posterior, state, card, calibration=calibration)
 
@@ -152,7 +149,7 @@ def _alike(fitted: dict[str, Fitted], samples: int | None) -> list[list[str]]:
     """Names of runs that can share a forward: leaves of one kind, and draws, not derivatives."""
     groups: dict[Any, list[str]] = {}
     for name, run in fitted.items():
-        alone = linearised(run)
+        alone = linearised(run) or run.card.task == "choice"
         key = name if alone else tuple(sorted(run.posterior.sample(run.state, 1, _any(run))))
         groups.setdefault(key, []).append(name)
     return list(groups.values())
