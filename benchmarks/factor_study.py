@@ -92,6 +92,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--data", type=Path, help="folder of the data sets' folders")
     p.add_argument("--table", type=Path, help="write factors.md there from what is in the cache, and stop")
+    p.add_argument("--only", default=";".join(ROWS), help="data sets, separated by semicolons")
     p.add_argument("--arms", default=";".join(ARMS), help="adapters, separated by semicolons")
     p.add_argument("--cache", type=Path, default=Path("runs/factors"))
     p.add_argument("--seeds", type=int, default=2)
@@ -105,7 +106,7 @@ def main() -> None:
 
 MiniLM, query and value, --lr {LR:g}. Made by `python benchmarks/factor_study.py --data DIR` and then with `--table
 docs/results`. Each adapter has the factors of the second column, which every cell multiplies; a cell is the mean NLL
-on validation rows over {" and ".join(ROWS)} and over seeds, minus the adapter's lowest on that data set, in nats.
+on validation rows over {" and ".join(sorted(p.name for p in a.cache.iterdir()))} and over seeds, minus the adapter's lowest on that data set, in nats.
 
 {table(a.cache)}
 """
@@ -113,7 +114,7 @@ on validation rows over {" and ".join(ROWS)} and over seeds, minus the adapter's
         return
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     adapter_study.ROWS.update(ROWS)
-    for name in ROWS:
+    for name in a.only.split(";"):
         rows = None
         for arm in a.arms.split(";"):
             path = a.cache / name / f"{arm}.json"
