@@ -61,6 +61,7 @@ def gather(
     classes: Sequence[str] | None = None,
     *,
     rates: Sequence[float] | None = None,
+    starts: Sequence[int] | None = None,
     watch: Callable[..., None] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Party:
@@ -73,6 +74,7 @@ def gather(
         classes: of all users together, which one user alone cannot know; None for ``together.classes``, else
             those of ``people``.
         rates: peak learning rates of the users, in the place of ``options.lr``.
+        starts: seeds of the users' first weights; by default all start from the same.
         watch: told of every step.
 
     Raises:
@@ -96,9 +98,13 @@ def gather(
     settings = replace(settings_of(options, seeds), steps=together.steps, max_seconds=0.0)
     if rates is not None:
         settings = replace(settings, lr=tuple(rates))
-    identity = options.identity() | asdict(together) | {"base": print_, "rates": list(rates or [])}
+    identity = (
+        options.identity()
+        | asdict(together)
+        | {"base": print_, "rates": list(rates or []), "starts": list(starts or [])}
+    )
     identity["users"] = {name: _digest(rows) for name, rows in own.items()}
-    begin = member_seeds(options.seed, 1) * len(own)
+    begin = member_seeds(options.seed, 1) * len(own) if starts is None else list(starts)
     first = next(iter(own.values())).train
     given = first if isinstance(first, Examples) else None
     task: Any = subject.task
