@@ -15,9 +15,11 @@ from kilobayes.tasks.data import available_splits
 from kilobayes.workflows import arithmetic as _arithmetic
 from kilobayes.workflows import calibrate as _calibrate
 from kilobayes.workflows import compare as _compare
+from kilobayes.workflows import language_calibrate as _language_calibrate
 from kilobayes.workflows import language_compare as _language_compare
 from kilobayes.workflows.calibration_rows import Sources
 from kilobayes.workflows.data import first_test, reads
+from kilobayes.workflows.lora_folder import task_of
 from kilobayes.workflows.terms import parse
 from kilobayes.workflows.texts import for_run
 
@@ -48,15 +50,19 @@ def calibrate(
     dtype: str = "float32",
     device: str = "auto",
     seed: int = 0,
-) -> Classifier:
+    task: str | None = None,
+) -> Any:
     """A finished PEFT LoRA, or a run, with a posterior fitted to it; ``.save(folder)`` makes it a run.
+
+    A :class:`~kilobayes.Classifier`; of an adapter that continues texts a
+    :class:`~kilobayes.LanguageModel`.
 
     Notes, such as that there are few rows, come as warnings.
 
     Args:
         adapter: folder of a LoRA that PEFT saved, or of a run.
         data: labelled rows that it was not trained on, as :func:`kilobayes.tasks.data.load_examples` reads
-            them.
+            them; of a language model texts, as :func:`kilobayes.tasks.text.load_documents` does.
         posterior: what to fit, such as ``Temperature(TFB())``; by default a temperature around what a run
             has.
         train: rows that it was trained on, for posteriors that need them.
@@ -64,17 +70,25 @@ def calibrate(
         classes: names in index order of a LoRA, where no configuration has them and they are not sorted.
         model: where the base model is now, if it moved.
         max_length, dtype, seed: of a LoRA; a run keeps its own.
+        task: classify or lm; by default what the adapter's configuration says.
 
     Raises:
         KilobayesError: no adapter, one that cannot be calibrated, or rows that do not fit it.
     """
-    done = _calibrate.calibrate(
-        Path(adapter), Sources(data, split, train), posterior, model=model, classes=classes,
-        max_length=max_length, dtype=dtype, device=device, seed=seed,
-    )  # fmt: skip
-    for note in done.notes:
+    sources = Sources(data, split, train)
+    given: dict[str, Any] = {
+        "model": model, "max_length": max_length, "dtype": dtype, "device": device, "seed": seed,
+    }  # fmt: skip
+    found: Any
+    if (task or task_of(Path(adapter))) == "lm":
+        texts = _language_calibrate.calibrate(Path(adapter), sources, posterior, **given)
+        notes, found = texts.notes, LanguageModel.around(texts.fitted)
+    else:
+        done = _calibrate.calibrate(Path(adapter), sources, posterior, classes=classes, **given)
+        notes, found = done.notes, Classifier.around(done.fitted, model, device)
+    for note in notes:
         warnings.warn(note, stacklevel=2)
-    return Classifier.around(done.fitted, model, device)
+    return found
 
 
 def combine(

@@ -17,7 +17,7 @@ from kilobayes.errors import KilobayesError
 from kilobayes.host.compact import FILE, load_compact
 from kilobayes.hub import first_line
 from kilobayes.metrics.agreement import agreement
-from kilobayes.models import Base, fingerprint, load_causal
+from kilobayes.models import Base, load_causal
 from kilobayes.posteriors import ask
 from kilobayes.prompts import check, encode, listed, padded
 from kilobayes.random import generator
@@ -25,6 +25,8 @@ from kilobayes.replies import Reply, after, completion
 from kilobayes.sampling import Sampling
 from kilobayes.types import Params, Posterior
 from kilobayes.workflows.attach import device_of
+from kilobayes.workflows.language import FittedLanguage
+from kilobayes.workflows.language import load as load_run
 
 SAMPLES = 10
 
@@ -50,6 +52,7 @@ class LanguageModel:
         samples: draws that probabilities are averaged over, unless asked otherwise.
         seed: of the draws.
         longest: tokens that the model takes, or None.
+        card: what is saved beside the posterior.
     """
 
     model: nn.Module
@@ -59,6 +62,27 @@ class LanguageModel:
     samples: int = SAMPLES
     seed: int = 0
     longest: int | None = None
+    card: store.Card | None = None
+
+    @classmethod
+    def around(cls, fitted: FittedLanguage) -> LanguageModel:
+        """A language model that a workflow gave its posterior."""
+        tokenizer = fitted.task.tokenizer
+        longest = Base(host.base_of(fitted.model), tokenizer, fitted.card.base, ()).longest
+        about = (fitted.posterior, fitted.state, fitted.card.samples, fitted.card.seed, longest, fitted.card)
+        return cls(fitted.model.eval(), tokenizer, *about)
+
+    def save(self, folder: str | Path) -> dict[str, int]:
+        """Write a run that the command line and :func:`kilobayes.load` read; returns bytes by part.
+
+        Raises:
+            KilobayesError: there is no posterior to save.
+        """
+        if self.card is None:
+            raise KilobayesError(
+                "this language model has no posterior to save", remedy="kilobayes train --task lm"
+            )
+        return store.save(Path(folder), self.model, self.posterior, self.state, self.card)  # type: ignore[arg-type]
 
     @classmethod
     def load(
@@ -77,13 +101,7 @@ class LanguageModel:
         """
         folder, place = Path(name), device_of(device)
         if (folder / "posterior.json").exists():
-            card = store.read_card(folder, "lm")
-            base = load_causal(model or card.base, dtype=card.dtype, device=place)
-            store.check_fingerprint(card, fingerprint(base.model))
-            hosted = store.read_adapter(folder, base.model, card)
-            posterior, state = store.read_state(folder, card, host.read(hosted))
-            about = (posterior, state, card.samples, card.seed, base.longest)
-            return cls(hosted.eval(), base.tokenizer, *about)
+            return cls.around(load_run(folder, model=model, device=device))
         if (folder / "adapter_config.json").exists():
             base, adapted = _adapter(folder, model, dtype, place)
             return cls(adapted, base.tokenizer, longest=base.longest)

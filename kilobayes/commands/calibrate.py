@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kilobayes.commands.flags import Data, Device, Json, Label, Limit, Model, Pair, Samples, Text
+from kilobayes.errors import KilobayesError
 
 
 def calibrate(
@@ -24,6 +25,10 @@ def calibrate(
     ] = None,
     test: Annotated[
         str | None, typer.Option(help="Rows to evaluate on, before and after; or a split of --data.")
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="classify, or lm for texts; default what the adapter's configuration says."),
     ] = None,
     posterior: Annotated[
         str | None,
@@ -53,9 +58,23 @@ def calibrate(
     from kilobayes.workflows.calibrate import calibrate as fit
     from kilobayes.workflows.calibration_rows import Sources
     from kilobayes.workflows.evaluate import headline
+    from kilobayes.workflows.lora_folder import TASK_TYPES, task_of
     from kilobayes.workflows.run import own_warnings
 
     work.check_free(out)
+    task = task or task_of(adapter)
+    if task == "lm":
+        from kilobayes.commands import language
+
+        columns = {"text_column": text_column, "label_column": label_column}
+        texts = Sources(data, split, train, test, columns, limit)
+        given = {"model": model, "max_length": max_length, "samples": samples, "dtype": dtype}
+        language.calibrate(
+            adapter, texts, posterior, out, given | {"device": device, "seed": seed}, as_json=json_
+        )
+        return
+    if task not in (*TASK_TYPES, "choice"):
+        raise KilobayesError(f"--task {task} is not known", f"known: {', '.join(TASK_TYPES)}")
     named = None if classes is None else [name.strip() for name in classes.split(",")]
     columns = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
     rows = Sources(data, split, train, test, columns, limit)

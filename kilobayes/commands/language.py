@@ -133,6 +133,36 @@ def compare(
         console.result(done.as_json())
 
 
+def calibrate(
+    adapter: Path, texts: Any, posterior: str | None, out: Path, given: dict[str, Any], *, as_json: bool
+) -> None:
+    """Fit a posterior to a finished adapter of a language model, or to a run."""
+    from kilobayes.workflows import language_calibrate as work
+    from kilobayes.workflows.language_evaluate import figures
+    from kilobayes.workflows.run import own_warnings
+
+    with own_warnings() as warned:
+        done = work.calibrate(adapter, texts, posterior, **given)
+    done.notes.extend(dict.fromkeys(warned))
+    for line in done.notes:
+        console.say(f"note: {line}")
+    evaluations, summaries = work.write(done, out, adapter, texts)
+    if evaluations:
+        show(evaluations, summaries)
+        console.say(f"report: {out / 'report.html'}")
+    console.say(f'next:   kilobayes generate {shlex.quote(str(out))} --prompt "Once upon a time"')
+    console.say(f"run:    {out}")
+    if as_json:
+        found: dict[str, Any] = {
+            "run": str(out),
+            "posterior": done.fitted.card.posterior,
+            "notes": done.notes,
+        }
+        if evaluations:
+            found |= dict(zip(("before", "after"), map(figures, summaries), strict=True))
+        console.result(found)
+
+
 def show(evaluations: Sequence[Any], summaries: Sequence[Any]) -> None:
     """The table of one or several runs."""
     names, costs = [one.name for one in evaluations], [one.cost for one in evaluations]

@@ -92,12 +92,9 @@ def calibrate(
         before, rows = _run(folder, sources, model, device)
     else:
         if wanted is not None:
-            _check(wanted, [])
+            check(wanted, [])
         before, rows = _lora(folder, sources, model, classes, max_length, dtype, device, seed)
-    if wanted is None:
-        own = before.posterior
-        wanted = own if any(_fits(part) for part in ask.chain(own)) else Temperature(own)
-    _check(wanted, [repr(part) for part in ask.chain(before.posterior)])
+    wanted = chosen(wanted, before.posterior)
     held = before.encode(rows.calibration)
     notes = notes_on(rows, before.predict(held).probs.argmax(dim=1).numpy())
     standing = _Standing(before.model, before.task, held)
@@ -105,7 +102,7 @@ def calibrate(
     if rows.train is not None:
         energy = ModelEnergy(before.model, before.task, held, trained=before.encode(rows.train))
     with measure() as cost:
-        state = _start(wanted, before, len(energy.labels))
+        state = start(wanted, before.posterior, before.state, len(energy.labels))
         state = ask.fit(wanted, state, energy, generator(before.card.seed, 6))
     if standing.asked:
         notes.append("No training rows were given: the calibration rows stand for them in the fit.")
@@ -166,20 +163,33 @@ def _lora(
         paired=rows.calibration.pairs is not None,
         label_kind="int" if names == [str(i) for i in range(len(names))] else "str",
     )
-    state = _ended(Point(), host.read(adapted), len(rows.calibration))
+    state = ended(Point(), host.read(adapted), len(rows.calibration))
     return Fitted(adapted, Classify(base.tokenizer, tuple(names), longest), Point(), state, card), rows
 
 
-def _fits(part: Any) -> bool:
+def fits(part: Any) -> bool:
+    """Whether a posterior is fitted after training."""
     return getattr(type(part), "fit", None) not in (None, Wrapping.fit)
 
 
-def _check(wanted: Posterior, own: list[str]) -> None:
+def chosen(wanted: Posterior | None, own: Posterior) -> Posterior:
+    """What is fitted: what is wanted, or a temperature around the run's own, or that again if it was fitted.
+
+    Raises:
+        KilobayesError: a part of the posterior that only training gives, and that the run does not have.
+    """
+    if wanted is None:
+        wanted = own if any(fits(part) for part in ask.chain(own)) else Temperature(own)
+    check(wanted, [repr(part) for part in ask.chain(own)])
+    return wanted
+
+
+def check(wanted: Posterior, own: list[str]) -> None:
     """Raises:
     KilobayesError: a part of the posterior that only training gives, and that the run does not have.
     """
     for part in ask.chain(wanted):
-        if repr(part) in own or _fits(part) or isinstance(part, Point):
+        if repr(part) in own or fits(part) or isinstance(part, Point):
             continue
         raise KilobayesError(
             f"{spec.format(part)} comes of training, and a finished adapter has only its last weights",
@@ -187,37 +197,36 @@ def _check(wanted: Posterior, own: list[str]) -> None:
         )
 
 
-def _start(wanted: Posterior, before: Fitted, rows: int) -> Any:
+def start(wanted: Posterior, posterior: Posterior, state: Any, rows: int) -> Any:
     """The state to fit: what training gave the run's own posterior is kept, all else starts at its mean.
 
     Raises:
         KilobayesError: the posterior has another number of members.
     """
-    theta = before.posterior.mean(before.state)
+    theta = posterior.mean(state)
     if ask.members(wanted) != size(theta):
         raise KilobayesError(
             f"{spec.format(wanted)} has {ask.members(wanted)} members", f"the adapter has {size(theta)}"
         )
     own: dict[str, Any] = {}
-    state = before.state
-    for part in ask.chain(before.posterior):
+    for part in ask.chain(posterior):
         own[repr(part)] = state
         state = part.inner(state) if isinstance(part, Wrapping) else state
 
     def build(part: Any) -> Any:
         if isinstance(part, Wrapping):
-            return part.around(_begun(part, theta), build(part.base))
-        return own[repr(part)] if repr(part) in own and not _fits(part) else _ended(part, theta, rows)
+            return part.around(begun(part, theta), build(part.base))
+        return own[repr(part)] if repr(part) in own and not fits(part) else ended(part, theta, rows)
 
     return build(wanted)
 
 
-def _begun(posterior: Any, theta: Params) -> Any:
+def begun(posterior: Any, theta: Params) -> Any:
     """The state before training. Where that started is not known; zero stands for it, around which a prior is
     then centred."""
     return posterior.init(map_params(torch.zeros_like, theta), generator(0, 3))
 
 
-def _ended(posterior: Any, theta: Params, rows: int) -> Any:
+def ended(posterior: Any, theta: Params, rows: int) -> Any:
     """The state after a training of one step that ended at these weights."""
-    return posterior.observe(_begun(posterior, theta), theta, Progress(1, 1, 1, rows))
+    return posterior.observe(begun(posterior, theta), theta, Progress(1, 1, 1, rows))

@@ -46,11 +46,16 @@ class Rows:
     test: Examples | None
 
 
-def place(source: Any, sources: Sources, prefer: Sequence[str]) -> tuple[Any, str | None]:
+def place(
+    source: Any,
+    sources: Sources,
+    prefer: Sequence[str],
+    splits: Callable[[Any], list[str]] = available_splits,
+) -> tuple[Any, str | None]:
     """A source and its split: one of the data's own where its name is that, else the first preferred."""
-    if isinstance(source, str) and source in available_splits(sources.data):
+    if isinstance(source, str) and source in splits(sources.data):
         return sources.data, source
-    there = available_splits(source)
+    there = splits(source)
     return source, next((name for name in prefer if name in there), there[0] if there else None)
 
 

@@ -34,7 +34,19 @@ def check_free(folder: Path) -> None:
 
 def write(done: Calibrated, folder: Path, adapter: Path, sources: Sources) -> Arms:
     """Write the run; with test rows also the report, of the adapter before and after, which is returned."""
-    fitted, card = done.fitted, done.fitted.card
+    fitted = done.fitted
+    cost = write_model(folder, fitted, sources)
+    conformal.write(folder, fitted.calibration)
+    arms: Arms = ([], [])
+    if done.rows.test is not None:
+        arms = _report(done, folder, adapter, cost)
+    write_text_atomically(folder / "README.md", _readme(done, adapter, shown(sources), arms))
+    return arms
+
+
+def write_model(folder: Path, fitted: Any, sources: Sources) -> dict[str, float]:
+    """The settings, the model's files and its costs, which are returned; of any task."""
+    card = fitted.card
     folder.mkdir(parents=True, exist_ok=True)
     named = {k: v for k, v in sources.columns.items() if v is not None}
     settings: dict[str, Any] = {
@@ -44,24 +56,23 @@ def write(done: Calibrated, folder: Path, adapter: Path, sources: Sources) -> Ar
         **card.settings,
         **named,
     }
-    source = sources.data if isinstance(sources.data, str) else "in memory"
     write_yaml(
         folder / "run.yaml",
         Options(
-            data=source, model=card.base, out=str(folder), adapter=card.adapter, posterior=card.posterior,
-            samples=card.samples, **settings,
+            data=shown(sources), model=card.base, out=str(folder), adapter=card.adapter,
+            posterior=card.posterior, samples=card.samples, **settings,
         ),
     )  # fmt: skip
     write_json(folder / "env.json", evaluation.versions() | {"command": evaluation.command()})
-    conformal.write(folder, fitted.calibration)
     sizes = store.save(folder, fitted.model, fitted.posterior, fitted.state, card)
-    cost = fitted.cost | {"stored_bytes": float(sizes["checkpoint"] + sizes["posterior"])}
+    cost: dict[str, float] = fitted.cost | {"stored_bytes": float(sizes["checkpoint"] + sizes["posterior"])}
     write_json(folder / "cost.json", {k: round(v, 3) for k, v in cost.items()} | {"sizes": sizes})
-    arms: Arms = ([], [])
-    if done.rows.test is not None:
-        arms = _report(done, folder, adapter, cost)
-    write_text_atomically(folder / "README.md", _readme(done, adapter, source, arms))
-    return arms
+    return cost
+
+
+def shown(sources: Sources) -> str:
+    """What the data are called."""
+    return sources.data if isinstance(sources.data, str) else "in memory"
 
 
 def _report(done: Calibrated, folder: Path, adapter: Path, cost: dict[str, float]) -> Arms:

@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 from kilobayes import host
+from kilobayes.card import read_card
 from kilobayes.checkpoint import read_tensors
 from kilobayes.errors import KilobayesError
 from kilobayes.host.peft_folder import CONVERTED, KNOWN, load_peft
@@ -22,6 +23,7 @@ from kilobayes.models import Base
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEADS = ("classifier", "score")
+TASK_TYPES = {"classify": "SEQ_CLS", "lm": "CAUSAL_LM"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,15 +44,28 @@ class Described:
     tensors: dict[str, Tensor]
 
 
-def describe(folder: Path, model: str | None = None) -> Described:
+def task_of(folder: Path) -> str:
+    """What an adapter or a run does: lm where it says that it continues texts, classify where it does not.
+
+    Raises:
+        KilobayesError: a damaged configuration.
+    """
+    if (folder / "posterior.json").is_file():
+        return read_card(folder, "").task
+    config = _json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    return "lm" if config.get("task_type") == "CAUSAL_LM" else "classify"
+
+
+def describe(folder: Path, model: str | None = None, task: str = "classify") -> Described:
     """What is known of an adapter before its base is loaded.
 
     Args:
         model: the base model, if not the one that the adapter names.
+        task: what it is taken for: classify, or lm.
 
     Raises:
         KilobayesError: no folder of an adapter, one that only unpickling reads, another method than LoRA, an
-            adapter that does not classify, or a base that is not there.
+            adapter for another task, or a base that is not there.
     """
     if not folder.is_dir():
         found = "it is a file" if folder.exists() else "there is no such folder"
@@ -74,21 +89,22 @@ def describe(folder: Path, model: str | None = None) -> Described:
             if pickled
             else "copy the folder whole",
         )
-    kind, task = config.get("peft_type"), config.get("task_type")
+    kind, own = config.get("peft_type"), config.get("task_type")
     if kind not in KNOWN:
         found = f"peft_type in {folder / CONFIG}; known: {', '.join(KNOWN)}"
         raise KilobayesError(f"adapters of the method {kind} cannot be calibrated", found)
-    if task not in (None, "SEQ_CLS"):
+    if own not in (None, TASK_TYPES[task]):
         raise KilobayesError(
-            "only adapters that classify texts can be calibrated so far",
-            f"task_type {task} in {folder / CONFIG}",
-            "PosteriorCallback collects a posterior of a language model while it trains",
+            f"the adapter is not for --task {task}",
+            f"task_type {own} in {folder / CONFIG}",
+            "adapters that classify texts (SEQ_CLS) or continue them (CAUSAL_LM) are calibrated",
         )
     name = model or config.get("base_model_name_or_path")
     if not name:
         raise KilobayesError(f"{folder} names no base model", remedy="name it with --model")
     tensors, _ = read_tensors(folder / WEIGHTS)
-    count, named = _classes(folder, Path(model_folder(str(name))), tensors)
+    where = Path(model_folder(str(name)))
+    count, named = _classes(folder, where, tensors) if task == "classify" else (0, None)
     return Described(folder, str(name), count, named, tensors)
 
 

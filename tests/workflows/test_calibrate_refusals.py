@@ -80,7 +80,7 @@ def damaged(folder: Path) -> None:
         (damaged, [], "is damaged"),
         (dora, [], "only plain LoRA.*use_dora"),
         (lambda f: broken(f, peft_type="IA3"), [], "method IA3 cannot be calibrated.*known: LORA"),
-        (lambda f: broken(f, task_type="CAUSAL_LM"), [], "only adapters that classify"),
+        (lambda f: broken(f, task_type="TOKEN_CLS"), [], "is not for --task classify"),
         (lambda f: broken(f, base_model_name_or_path=None), [], "names no base model"),
         (lambda f: broken(f, base_model_name_or_path="nowhere/there"), [], "no local directory"),
         (other_base, [], "does not fit"),
