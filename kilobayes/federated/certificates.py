@@ -29,6 +29,7 @@ def make(folder: Path, hosts: Sequence[str]) -> tuple[Path, Path]:
         raise KilobayesError(f"{folder} has a certificate already", remedy="delete it first, or keep it")
     if not hosts:
         raise KilobayesError("a certificate needs a name", remedy="as in --make-certificate host.example.org")
+    names = ",".join(_named(host) for host in hosts)
     program = shutil.which("openssl")
     if program is None:
         raise KilobayesError("openssl is not installed", remedy="install it, or bring a certificate")
@@ -37,7 +38,7 @@ def make(folder: Path, hosts: Sequence[str]) -> tuple[Path, Path]:
     command = [
         program, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-sha256", "-nodes",
         "-days", str(DAYS), "-subj", "/CN=kilobayes", "-keyout", str(key), "-out", str(certificate),
-        "-addext", "subjectAltName=" + ",".join(_named(host) for host in hosts),
+        "-addext", f"subjectAltName={names}",
         "-addext", "keyUsage=critical,digitalSignature,keyCertSign",
         "-addext", "extendedKeyUsage=serverAuth",
     ]  # fmt: skip

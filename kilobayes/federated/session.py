@@ -49,7 +49,8 @@ def address(server: str) -> str:
         url = httpx2.URL(whole)
     except httpx2.InvalidURL:
         url = httpx2.URL("")
-    if url.scheme not in ("http", "https") or not url.host or url.path not in ("", "/"):
+    odd = url.path not in ("", "/") or any(c.isspace() for c in whole)
+    if url.scheme not in ("http", "https") or not url.host or odd:
         raise KilobayesError("--server is an address", f"found {server!r:.80}", "as in host.example.org:8443")
     if url.scheme == "http" and not loopback(url.host):
         raise KilobayesError(f"{server} is not encrypted", "http to another machine", "leave http:// out")
@@ -93,6 +94,8 @@ class Session:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.server, self.patience, self.say = address(server), patience, say
+        if not token or not token.isascii() or not token.isprintable() or " " in token:
+            raise KilobayesError("this is no token", "", "copy it again from who keeps the server")
         headers = {USER: wire.check_name(user), "authorization": f"Bearer {token}"}
         self.client = httpx2.Client(
             base_url=self.server, headers=headers, timeout=ANSWER, verify=trusted(certificate),

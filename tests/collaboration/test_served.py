@@ -33,6 +33,10 @@ SETTINGS = {
     "adapter": "LoRA(r=2)", "lr": 0.02, "batch_size": 8, "max_length": 24, "calibration": 0.3,
     "device": "cpu", "classes": "warm,cold,fresh", "steps": 9, "warmup_steps": 3, "every": 3,
 }  # fmt: skip
+IMPORTED = [
+    "kilobayes.cli", "kilobayes.federated.app", "kilobayes.federated.base", "kilobayes.federated.client",
+    "transformers.models.bert.modeling_bert", "uvicorn",
+]  # fmt: skip
 PATIENT = 240.0  # seconds; processes share two cores with other tests
 
 
@@ -42,7 +46,7 @@ class Machines:
     def __init__(self, folder: Path) -> None:
         self.folder, self.all = folder, list[Any]()
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["kilobayes.federated.client", "kilobayes.federated.serving"])
+        self.context.set_forkserver_preload(IMPORTED)
         with socket.create_server(("127.0.0.1", 0)) as taken:
             self.port = taken.getsockname()[1]
         self.certificate, _ = certificates.make(folder / "server", ["localhost", "127.0.0.1"])

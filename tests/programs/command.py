@@ -1,4 +1,4 @@
-"""A command line in a process that was forked where all is imported; ``words`` and ``log`` are given to it."""
+"""A command line in a process forked where all is imported; ``words`` and ``log`` are given to it."""
 
 import os
 import sys
