@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
 from pathlib import Path
 from typing import Any
@@ -24,33 +25,42 @@ def cell(runs: list[dict[str, Any]], key: str, digits: int = 2) -> str:
     return shown + (f" ±{spread:.{digits}f}" if round(spread, digits) else "")
 
 
-def table(held: dict[str, dict[str, Any]], mode: str) -> list[str]:
-    """A row for each arm: teacher forcing / free generation."""
+def table(held: dict[str, dict[str, Any]], mode: str, count: str = "") -> list[str]:
+    """A row for each arm: teacher forcing / free generation.
+
+    Args:
+        count: edits of a sequence, after which it was scored.
+    """
     head = ["arm", "rate", *(name for _, name in COLUMNS)]
-    head += ["right after its edit"] if mode == "sequential" else []
+    head += ["right after its edit"] if count else []
     head += ["entries changed", "bytes"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for name, arm in held.items():
         if mode not in arm:
             continue
-        runs = arm[mode]
+        runs = arm[mode][count] if count else arm[mode]
         cells = [name, f"{arm[f'rate_{mode}']:g}"]
-        names = [key for key, _ in COLUMNS] + (["then"] if mode == "sequential" else [])
+        names = [key for key, _ in COLUMNS] + (["then"] if count else [])
         cells += [f"{cell(runs, f'{key}_teacher')} / {cell(runs, f'{key}_free')}" for key in names]
         cells += [f"{statistics.mean(r['changed'] for r in runs):.1%}", f"{arm['bytes']:,}"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def write(a: argparse.Namespace, base: dict[str, Any], held: dict[str, dict[str, Any]]) -> None:
-    """``OUT.md``, without what is concluded from it, and ``OUT.json``."""
+def write(
+    a: argparse.Namespace, changed: dict[str, Any], base: dict[str, Any], held: dict[str, dict[str, Any]]
+) -> None:
+    """``OUT.md``, without what is concluded from it, and ``OUT.json``.
+
+    Args:
+        changed: settings that are not at their defaults.
+    """
     out = Path(a.out)
-    command = (
-        f"python benchmarks/editing.py DATA/counterfact/test.jsonl --edits {a.edits} --in-turn {a.in_turn}"
-    )
-    command += (
-        f" --seeds {a.seeds} --steps {a.steps} --tuned-on {a.tuned_on} --tuned-in-turn {a.tuned_in_turn}"
-    )
+    command = "OMP_NUM_THREADS=1 python benchmarks/editing.py DATA/counterfact/test.jsonl"
+    for key, value in changed.items():
+        if key not in ("data", "cache", "out", "quick"):
+            shown = value if isinstance(value, list) else [value]
+            command += f" --{key.replace('_', '-')} {shlex.join(map(str, shown))}"
     text = [
         "# Editing facts", "", f"    {command}", "",
         f"The base is a Llama of {base['parameters']:,} parameters, trained on {base['facts']} facts of CounterFact, three sentences each, "
@@ -62,10 +72,9 @@ def write(a: argparse.Namespace, base: dict[str, Any], held: dict[str, dict[str,
         "defined in [Editing facts](../editing.md).", "",
         "## Single edits, each from the unedited model", "", *table(held, "single"), "",
     ]  # fmt: skip
-    if any("sequential" in arm for arm in held.values()):
-        text += [
-            f"## {a.in_turn} edits in sequence, scored after the last", "", *table(held, "sequential"), "",
-        ]  # fmt: skip
+    for count in map(str, a.in_turn) if any("sequential" in arm for arm in held.values()) else ():
+        text += [f"## {count} edits in sequence, scored after the last", ""]
+        text += [*table(held, "sequential", count), ""]
     page = out.with_suffix(".md")
     mark = "## What it says"
     old = page.read_text(encoding="utf-8") if page.exists() else ""

@@ -120,3 +120,21 @@ def test_a_study_goes_on_where_it_stopped_and_makes_its_tables(monkeypatch, caps
     assert rows["LoRA | temperature"]["nll_gap"] == [0.0, 0.0]
     assert "# Every posterior" in (tmp_path / "posteriors.md").read_text()
     assert (tmp_path / "posteriors-trec.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="KILOBAYES_DATA names no folder")
+def test_editing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script = importlib.import_module("editing")
+    flags = ["--quick", "--cache", str(tmp_path)]
+    script.main(flags)
+    page = tmp_path / "quick" / "editing.md"
+    said = page.read_text(encoding="utf-8")
+    assert "## 2 edits in sequence" in said
+    assert said.count("| VB-LoRA |") == 3
+    arms = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))["arms"]
+    assert all(0.0 <= one["then_free"] <= 1.0 for one in arms["LoRA"]["sequential"]["3"])
+    monkeypatch.setattr(script.Arm, "tune", None)  # what is done is not done again
+    page.unlink()
+    script.main(flags)
+    assert page.read_text(encoding="utf-8") == said
