@@ -93,6 +93,10 @@ def serve(
 
     scheme = Scheme(together.scheme, together.temperature, together.top)
     exchanges = rounds.exchanges(together.steps, together.warmup_steps, together.every)
+    if scheme.name == "local":
+        raise KilobayesError(
+            "the scheme local exchanges nothing", "", "kilobayes train does it without a server"
+        )
     if len(users) < where.least:
         raise KilobayesError(
             f"a round needs {where.least} users", f"{len(users)} are invited", "as in --invite anna,ben"
