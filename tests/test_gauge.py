@@ -129,3 +129,19 @@ def test_what_is_refused() -> None:
         gauge.average(a, b, torch.ones(1, 2))
     with pytest.raises(KilobayesError, match="rank"):
         gauge.average(a, b, torch.ones(1, 3), rank=0)
+
+
+def test_factors_nearest_to_one_s_own_hold_the_same_update() -> None:
+    gen = torch.Generator().manual_seed(12)
+    own = torch.randn(2, 3, 10, generator=gen)
+    b = torch.randn(2, 8, 3, generator=gen)
+    turn = torch.randn(2, 3, 3, generator=gen)
+    a_back, b_back = gauge.towards(turn @ own, b @ torch.linalg.inv(turn), own)
+    torch.testing.assert_close(a_back, own, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(b_back, b, rtol=1e-3, atol=1e-3)
+    apart = torch.zeros(2, 3, 10)
+    apart[:, :, 7:] = torch.eye(3)  # rows that one's own A never meets: canonical factors stay
+    own[:, :, 7:] = 0.0
+    a_far, b_far = gauge.towards(apart, b, own)
+    torch.testing.assert_close(b_far @ a_far, b @ apart, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(a_far, gauge.canonical(apart, b)[0], rtol=1e-4, atol=1e-4)
