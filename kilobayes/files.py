@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+def digest(rows: Iterable[str]) -> str:
+    """SHA-256 of rows of text, in order."""
+    return hashlib.sha256("\x1e".join(rows).encode()).hexdigest()
 
 
 @contextmanager

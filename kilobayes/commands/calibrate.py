@@ -58,8 +58,8 @@ def calibrate(
     from kilobayes.workflows.calibrate import calibrate as fit
     from kilobayes.workflows.calibration_rows import Sources
     from kilobayes.workflows.evaluate import headline
+    from kilobayes.workflows.frame import own_warnings
     from kilobayes.workflows.lora_folder import TASK_TYPES, task_of
-    from kilobayes.workflows.run import own_warnings
 
     work.check_free(out)
     task = task or task_of(adapter)

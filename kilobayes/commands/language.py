@@ -138,8 +138,8 @@ def calibrate(
 ) -> None:
     """Fit a posterior to a finished adapter of a language model, or to a run."""
     from kilobayes.workflows import language_calibrate as work
+    from kilobayes.workflows.frame import own_warnings
     from kilobayes.workflows.language_evaluate import figures
-    from kilobayes.workflows.run import own_warnings
 
     with own_warnings() as warned:
         done = work.calibrate(adapter, texts, posterior, **given)

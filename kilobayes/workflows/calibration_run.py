@@ -6,16 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kilobayes import store
 from kilobayes.errors import KilobayesError
-from kilobayes.files import write_json, write_text_atomically
+from kilobayes.files import write_text_atomically
 from kilobayes.metrics import Evaluation, Interval
 from kilobayes.options import Options
-from kilobayes.run_yaml import write_yaml
 from kilobayes.workflows import conformal
 from kilobayes.workflows import evaluate as evaluation
 from kilobayes.workflows.calibrate import Calibrated
 from kilobayes.workflows.calibration_rows import Sources
+from kilobayes.workflows.frame import begin, save
 from kilobayes.workflows.run import cut
 
 Arms = tuple[list[Evaluation], list[dict[str, Interval]]]
@@ -47,7 +46,6 @@ def write(done: Calibrated, folder: Path, adapter: Path, sources: Sources) -> Ar
 def write_model(folder: Path, fitted: Any, sources: Sources) -> dict[str, float]:
     """The settings, the model's files and its costs, which are returned; of any task."""
     card = fitted.card
-    folder.mkdir(parents=True, exist_ok=True)
     named = {k: v for k, v in sources.columns.items() if v is not None}
     settings: dict[str, Any] = {
         "max_length": card.max_length,
@@ -56,18 +54,14 @@ def write_model(folder: Path, fitted: Any, sources: Sources) -> dict[str, float]
         **card.settings,
         **named,
     }
-    write_yaml(
-        folder / "run.yaml",
+    begin(
+        folder,
         Options(
             data=shown(sources), model=card.base, out=str(folder), adapter=card.adapter,
             posterior=card.posterior, samples=card.samples, **settings,
         ),
     )  # fmt: skip
-    write_json(folder / "env.json", evaluation.versions() | {"command": evaluation.command()})
-    sizes = store.save(folder, fitted.model, fitted.posterior, fitted.state, card)
-    cost: dict[str, float] = fitted.cost | {"stored_bytes": float(sizes["checkpoint"] + sizes["posterior"])}
-    write_json(folder / "cost.json", {k: round(v, 3) for k, v in cost.items()} | {"sizes": sizes})
-    return cost
+    return dict(save(folder, fitted)[0].cost)
 
 
 def shown(sources: Sources) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from kilobayes import host, spec, store, train
 from kilobayes.checkpoint import Checkpoint
 from kilobayes.energy import ModelEnergy, predict
 from kilobayes.errors import KilobayesError
+from kilobayes.files import digest
 from kilobayes.metrics.conformal import Calibration, missing
 from kilobayes.metrics.cost import measure
 from kilobayes.models import Base, fingerprint
@@ -164,7 +164,7 @@ def fit_examples(
     encoded = task.encode(examples)
     save = None
     if checkpoint is not None:
-        identity = options.identity() | {"base": print_, "rows": digest(examples)}
+        identity = options.identity() | {"base": print_, "rows": digest_of(examples)}
         save = Checkpoint(checkpoint, identity, resume=options.resume)
     held = task.encode(calibration) if calibration else encoded
     energy = ModelEnergy(model, task, held, trained=encoded)
@@ -220,10 +220,10 @@ def fingerprint_of(base: Base) -> str:
     return fingerprint(base.model, exclude=(*base.fresh, "classifier", "score"))
 
 
-def digest(examples: Examples) -> str:
+def digest_of(examples: Examples) -> str:
     """SHA-256 of texts, options and labels: what a checkpoint was trained on."""
     rows = zip(examples.texts, examples.pairs or examples.options or examples.texts, examples.labels or [])
-    return hashlib.sha256("\x1e".join("\x1f".join(map(str, row)) for row in rows).encode()).hexdigest()
+    return digest("\x1f".join(map(str, row)) for row in rows)
 
 
 def load(folder: Path, *, model: str | None = None, device: str = "auto") -> Fitted:

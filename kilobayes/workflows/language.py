@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from kilobayes import host, spec, store, train
 from kilobayes.checkpoint import Checkpoint
 from kilobayes.energy_lm import LanguageEnergy
 from kilobayes.errors import KilobayesError
+from kilobayes.files import digest
 from kilobayes.host.vocabulary import HiddenHead, check_output, hidden_states
 from kilobayes.metrics.cost import measure
 from kilobayes.metrics.language import TokenScores
@@ -133,7 +133,7 @@ def fit_documents(
     seeds = member_seeds(options.seed, ask.members(posterior))
     save = None
     if checkpoint is not None:
-        identity = options.identity() | {"base": print_, "rows": digest(documents)}
+        identity = options.identity() | {"base": print_, "rows": digest(map(repr, documents.rows))}
         save = Checkpoint(checkpoint, identity, resume=options.resume)
     held = task.encode(calibration) if calibration else tokens
     energy = LanguageEnergy(model, task, held, trained=tokens, per_row=tokens.mean_counted)
@@ -196,11 +196,6 @@ def check_packing(model: nn.Module, task: Language) -> None:
         raise KilobayesError(
             f"{type(model).__name__} lets packed texts see each other", remedy="leave --packing out"
         )
-
-
-def digest(documents: Documents) -> str:
-    """SHA-256 of the rows: what a checkpoint was trained on."""
-    return hashlib.sha256("\x1e".join(map(repr, documents.rows)).encode()).hexdigest()
 
 
 def load(folder: Path, *, model: str | None = None, device: str = "auto") -> FittedLanguage:

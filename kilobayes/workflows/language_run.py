@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from kilobayes import spec, store
-from kilobayes.files import write_json, write_text_atomically
+from kilobayes import spec
+from kilobayes.files import write_text_atomically
 from kilobayes.metrics import Interval
 from kilobayes.metrics.language import BINS, TokenScores
 from kilobayes.metrics.texts import TextEvaluation
 from kilobayes.model_files import model_folder
 from kilobayes.options import Options
-from kilobayes.run_yaml import write_yaml
+from kilobayes.workflows import frame
 from kilobayes.workflows import language_evaluate as evaluation
-from kilobayes.workflows.evaluate import command, metadata, versions
+from kilobayes.workflows.evaluate import metadata
 from kilobayes.workflows.folder import CHECKPOINT, Log, place
 from kilobayes.workflows.language import FittedLanguage, fit_documents
 from kilobayes.workflows.texts import Texts, load_texts
@@ -67,29 +67,16 @@ def train(
     model_folder(options.model)
     say(f"model {options.model}, adapter {options.adapter}, posterior {options.posterior}")
     say(f"data  {options.data or 'in memory'}: {len(texts.train)} rows to train on; run {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_yaml(folder / "run.yaml", options)
-    write_json(folder / "env.json", versions() | {"command": command()})
-    log = Log(folder / "log.jsonl", options.resume, watch)
-    texts.notes.extend(
-        ["The run was resumed: seconds and memory are those since."]
-        if options.resume and (folder / CHECKPOINT).exists()
-        else []
-    )
+    frame.begin(folder, options)
 
-    try:
-        fitted = fit_documents(
+    def fit(log: Log) -> FittedLanguage:
+        return fit_documents(
             options, texts.train, texts.calibration, checkpoint=folder / CHECKPOINT, watch=log
         )
-    finally:
-        log.close()
-    if fitted.trained is not None:
-        log.whole(fitted.trained.losses.tolist())
-    sizes = store.save(folder, fitted.model, fitted.posterior, fitted.state, fitted.card)
-    cost = fitted.cost | {"stored_bytes": float(sizes["checkpoint"] + sizes["posterior"])}
-    fitted = replace(fitted, cost=cost)
-    write_json(folder / "cost.json", {k: round(v, 3) for k, v in cost.items()} | {"sizes": sizes})
-    notes = [*texts.notes, *warnings_of(fitted)]
+
+    fitted, told = frame.fitted_in(folder, options, watch, fit)
+    fitted, sizes = frame.save(folder, fitted)
+    notes = [*texts.notes, *told, *warnings_of(fitted)]
     for line in notes:
         say(f"note: {line}")
     found = evaluation.evaluate(fitted, texts.test, texts.ood)
@@ -123,11 +110,7 @@ def warnings_of(fitted: FittedLanguage) -> list[str]:
         out.append(f"{tokens.truncated} training rows were cut at {fitted.task.max_length} tokens.")
     if tokens is not None and tokens.dropped:
         out.append(f"{tokens.dropped} training rows were left out: their answers begin after that.")
-    if fitted.trained is not None and fitted.trained.diverged:
-        out.append(f"Members {fitted.trained.diverged} diverged and were left out; try a lower --lr.")
-    if fitted.trained is not None and fitted.trained.stopped:
-        out.append("Training stopped at --max-minutes, before its schedule ended.")
-    return out
+    return out + frame.went(fitted.trained)
 
 
 def readme(

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from kilobayes import spec, store
+from kilobayes import spec
 from kilobayes.errors import KilobayesError
-from kilobayes.files import write_json, write_text_atomically
+from kilobayes.files import write_text_atomically
 from kilobayes.metrics import Evaluation, Interval
 from kilobayes.model_files import model_folder
 from kilobayes.options import Options
 from kilobayes.posteriors import ask
-from kilobayes.run_yaml import write_yaml
 from kilobayes.tasks.data import Examples
 from kilobayes.tasks.prompt import CHOICES
-from kilobayes.workflows import conformal
+from kilobayes.workflows import conformal, frame
 from kilobayes.workflows import evaluate as evaluation
 from kilobayes.workflows.data import Splits, load_splits
 from kilobayes.workflows.finetune import Fitted, Watch, fit_examples
@@ -68,32 +65,21 @@ def train(
             f"{options.posterior} needs rows to calibrate on", "none", "as in --calibration 0.2"
         )
     say(_card(options, splits))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_yaml(folder / "run.yaml", options)
-    write_json(folder / "env.json", evaluation.versions() | {"command": evaluation.command()})
-    log = Log(folder / "log.jsonl", options.resume, watch)
-    resumed = ["The run was resumed: seconds and memory are those since."]
-    resumed = resumed if options.resume and (folder / CHECKPOINT).exists() else []
-    try:
-        with own_warnings() as warned:
-            fitted = fit_examples(
-                options, splits.train, splits.calibration, checkpoint=folder / CHECKPOINT, watch=log
-            )
-    finally:
-        log.close()
-    if fitted.trained is not None:
-        log.whole(fitted.trained.losses.tolist())
-    sizes = store.save(folder, fitted.model, fitted.posterior, fitted.state, fitted.card)
+    frame.begin(folder, options)
+
+    def fit(log: Log) -> Fitted:
+        return fit_examples(
+            options, splits.train, splits.calibration, checkpoint=folder / CHECKPOINT, watch=log
+        )
+
+    fitted, told = frame.fitted_in(folder, options, watch, fit)
+    fitted, sizes = frame.save(folder, fitted)
     fitted = fitted.calibrated(splits.calibration)
     conformal.write(folder, fitted.calibration)
-    stored = float(sizes["checkpoint"] + sizes["posterior"])
-    fitted = replace(fitted, cost=fitted.cost | {"stored_bytes": stored})
-    write_json(folder / "cost.json", {k: round(v, 3) for k, v in fitted.cost.items()} | {"sizes": sizes})
     rows = fitted.encode(splits.test)
     notes = [
         *splits.notes,
-        *resumed,
-        *dict.fromkeys(warned),
+        *told,
         *warnings_of(fitted, splits),
         *cut(rows.truncated, len(rows), fitted, "evaluated"),
     ]
@@ -109,22 +95,6 @@ def train(
     return Finished(folder, fitted, splits, found, summary, sizes)
 
 
-@contextmanager
-def own_warnings() -> Iterator[list[str]]:
-    """Collects what kilobayes itself warns of, for the report; the warnings of others go where they went."""
-    told: list[str] = []
-    package = str(Path(store.__file__).parent)
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.filterwarnings("always", category=UserWarning, module=r"kilobayes\b")
-        try:
-            yield told
-        finally:
-            others = [w for w in seen if not w.filename.startswith(package)]
-            told += [f"{w.message}." for w in seen if w.filename.startswith(package)]
-    for w in others:
-        warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
-
-
 def cut(count: int, rows: int, fitted: Fitted, kind: str) -> list[str]:
     """A note that rows lost their end, if any did."""
     if not count:
@@ -135,12 +105,7 @@ def cut(count: int, rows: int, fitted: Fitted, kind: str) -> list[str]:
 
 def warnings_of(fitted: Fitted, splits: Splits) -> list[str]:
     """What a person should know about how training went."""
-    out = cut(fitted.truncated, len(splits.train), fitted, "training")
-    if fitted.trained is not None and fitted.trained.diverged:
-        out.append(f"Members {fitted.trained.diverged} diverged and were left out; try a lower --lr.")
-    if fitted.trained is not None and fitted.trained.stopped:
-        out.append("Training stopped at --max-minutes, before its schedule ended.")
-    return out
+    return [*cut(fitted.truncated, len(splits.train), fitted, "training"), *frame.went(fitted.trained)]
 
 
 def facts(options: Options, splits: Splits) -> dict[str, Any]:
