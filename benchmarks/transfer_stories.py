@@ -54,7 +54,7 @@ class Stories:
     def options(self, model: str, seed: int, rate: float, **more: Any) -> Options:
         given = {"posterior": "Point()", "calibration": "0", "epochs": self.a.story_epochs, "batch_size": 8}
         given |= {"max_length": LENGTH, "task": "lm", "data": "fairytale_stories", "samples": 1}
-        return Options(model=model, seed=seed, lr=rate, **given | more)
+        return Options(model=model, seed=seed, lr=rate or 1e-12, **given | more)
 
     def source(self, seed: int) -> Path:
         """LoRA on stories260K, and its discriminator."""
@@ -76,7 +76,7 @@ class Stories:
 
         def make() -> dict[str, Any]:
             folder, n = self.source(seed), self.a.documents
-            card = read_card(folder)
+            card = read_card(folder, "")
             judge = read_discriminator(folder / "discriminator", card)
             seeds, times = self.real[:SEEDS], 1
             rows, about = self.real, {}
@@ -113,7 +113,7 @@ class Stories:
         def make() -> dict[str, Any]:
             options = self.options(self.target, seed, rate, adapter="LoRA(r=8)")
             if arm == "untrained":
-                blank = replace(options, epochs=1, lr=1e-12)
+                blank = replace(options, epochs=1)
                 return self.figures(tokens.transfer(blank, [("Once", " upon a time", False)]))
             found = self.inputs(arm, seed)
             if "failed" in found:

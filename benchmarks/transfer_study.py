@@ -70,7 +70,7 @@ class Study:
         if kept(self.folder / "facts.json", lambda: facts) != json.loads(json.dumps(facts)):
             raise SystemExit(f"{self.folder} is of other settings; name another --cache")
         if not (self.small / "config.json").exists():
-            near = shrink(texts(a.data, a.pool // 2), self.small, epochs=2)
+            near = shrink(texts(a.data, a.pool // 4), self.small, epochs=2)
             print(f"minilm-4: mean cosine {near:.3f}", flush=True)
 
     def source(self, seed: int) -> Path:
@@ -205,9 +205,9 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--only", default="trec,sst2,stories", help="parts, separated by commas")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--rows", type=int, default=250, help="real rows, validation rows, and inputs made")
-    p.add_argument("--pool", type=int, default=8000, help="unlabelled texts")
-    p.add_argument("--scored", type=int, default=400, help="test rows")
-    p.add_argument("--epochs", type=int, default=6)
+    p.add_argument("--pool", type=int, default=16000, help="unlabelled texts")
+    p.add_argument("--scored", type=int, default=300, help="test rows")
+    p.add_argument("--epochs", type=int, default=8)
     p.add_argument("--rates", default="1e-3,4e-3")
     p.add_argument(
         "--documents", type=int, default=128, help="stories to train on, and texts that are written"
