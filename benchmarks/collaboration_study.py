@@ -6,7 +6,7 @@
 The first command runs whatever the cache does not hold yet and may be killed and run again; the second makes
 the table of what is there. Users are real texts divided by label, language or style; each has rows to train
 on, rows that trust is measured on and rates are chosen by, and rows to report on. Every arm's learning rate
-is the one of lowest mean NLL on the second, with the first seed; then all seeds run at that rate.
+is the one of lowest mean NLL on the second, with the first seed; then all seeds run at that rate. A scheme's temperature is chosen with it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from kilobayes.collaboration.party import gather
+from kilobayes.collaboration.scheme import TEMPERATURES
 from kilobayes.collaboration.settings import Together
 from kilobayes.files import write_json
 from kilobayes.options import Options
@@ -149,9 +150,10 @@ SETTINGS: dict[str, Callable[..., Setting]] = {
 }  # fmt: skip
 
 
-def one(setting: Setting, arm: str, rate: float, seed: int, a: argparse.Namespace) -> dict[str, Any]:
-    """An arm at a rate and a seed: figures on the rows of trust and of the report, W, bytes, seconds."""
-    chosen = ARMS[arm]
+def one(setting: Setting, arm: str, choice: str, seed: int, a: argparse.Namespace) -> dict[str, Any]:
+    """An arm at a rate, a temperature and a seed: figures on the rows of trust and of the report, W, bytes, seconds."""
+    chosen, (rate, factor) = ARMS[arm], map(float, (choice + "x1").split("x")[:2])
+    tau = TEMPERATURES.get(chosen["scheme"])
     posterior = chosen.get("posterior", "Point()")
     options = Options(
         lr=rate, seed=seed, batch_size=a.batch_size, adapter="LoRA(r=4)", posterior=posterior, samples=8,
@@ -163,6 +165,7 @@ def one(setting: Setting, arm: str, rate: float, seed: int, a: argparse.Namespac
         reference.write_text("".join(json.dumps({"text": t}) + "\n" for t in rows), encoding="utf-8")
         together = Together(
             steps=a.steps, warmup_steps=a.alone, every=a.every, reference=str(reference), positions=128,
+            temperature=None if tau is None else tau * factor,
             **{k: v for k, v in chosen.items() if k != "posterior"},
         )  # fmt: skip
         apart = range(100 * seed, 100 * seed + len(setting.people)) if arm == "FedAvg, factors" else None
@@ -197,18 +200,20 @@ def study(name: str, a: argparse.Namespace) -> None:
               "rows": [len(own.train) for own in setting.people.values()]}  # fmt: skip
     if cached(folder / "facts.json", lambda: facts) != json.loads(json.dumps(facts)):
         raise SystemExit(f"{folder} is of other settings; name another --cache")
-    rates = [float(r) for r in a.rates.split(",")]
     for arm in a.arms.split(";") if a.arms else ARMS:
+        tuned = ARMS[arm]["scheme"] in TEMPERATURES
+        factors = [f"x{f}" for f in a.factors.split(",")] if tuned else [""]
+        choices = [f"{rate}{factor}" for rate in a.rates.split(",") for factor in factors]
 
-        def at(rate: float, seed: int, arm: str = arm) -> dict[str, Any]:
-            path = folder / arm.replace(", ", "-").replace(" ", "-") / f"{rate:g}-{seed}.json"
-            return cached(path, lambda: one(setting, arm, rate, seed, a))
+        def at(choice: str, seed: int, arm: str = arm) -> dict[str, Any]:
+            path = folder / arm.replace(", ", "-").replace(" ", "-") / f"{choice}-{seed}.json"
+            return cached(path, lambda: one(setting, arm, choice, seed, a))
 
-        found = {rate: at(rate, 0) for rate in rates}
-        best = min(rates, key=lambda r: np.mean([f["nll"] for f in found[r]["trust"]]))
+        found = {choice: at(choice, 0) for choice in choices}
+        best = min(choices, key=lambda c: np.mean([f["nll"] for f in found[c]["trust"]]))
         done = [at(best, seed) for seed in range(a.seeds)]
         score = np.mean([f["nll"] for one_ in done for f in one_["test"]])
-        print(f"{name}: {arm}, rate {best:g}, NLL {score:.4f}, {done[0]['seconds']:.1f} s a run", flush=True)
+        print(f"{name}: {arm}, {best}, NLL {score:.4f}, {done[0]['seconds']:.1f} s a run", flush=True)
         kept = folder / "chosen.json"
         write_json(kept, (json.loads(kept.read_text()) if kept.exists() else {}) | {arm: best})
 
@@ -221,13 +226,14 @@ def main(given: list[str] | None = None) -> None:
     p.add_argument("--only", help=f"settings, separated by commas: {', '.join(SETTINGS)}")
     p.add_argument("--arms", help="separated by semicolons; all if left out")
     p.add_argument("--rates", default="1e-3,3e-3,1e-2")
+    p.add_argument("--factors", default="1,0.2", help="of the schemes' own temperatures")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--users", type=int, default=8)
     p.add_argument("--rows", type=int, default=32, help="of a user to train on; every other has half")
-    p.add_argument("--trust", type=int, default=12, help="rows of a user that trust is measured on")
+    p.add_argument("--trust", type=int, default=8, help="rows of a user that trust is measured on")
     p.add_argument("--tested", type=int, default=20, help="rows of a user that are reported on")
     p.add_argument("--reference", type=int, default=24, help="shared rows")
-    p.add_argument("--characters", type=int, default=300, help="of each text of the writers")
+    p.add_argument("--characters", type=int, default=200, help="of each text of the writers")
     p.add_argument("--steps", type=int, default=48)
     p.add_argument("--alone", type=int, default=16)
     p.add_argument("--every", type=int, default=8)
@@ -236,6 +242,7 @@ def main(given: list[str] | None = None) -> None:
     a = p.parse_args(given)
     if a.quick:
         a.users, a.rows, a.trust, a.tested, a.seeds, a.rates = 4, 8, 4, 4, 2, "3e-3"
+        a.factors = "1"
         a.steps, a.alone, a.every = 6, 2, 2
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     for name in a.only.split(",") if a.only else SETTINGS:

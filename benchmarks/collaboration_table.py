@@ -31,7 +31,7 @@ HEAD = """# Collaboration
 Users who fine-tune for themselves and average with whom it pays ([how](../collaborate.md)): {users} users, LoRA of rank 4,
 {steps} steps of {batch_size} rows, {alone} alone and then an exchange every {every}. Every user has rows of its own to report on.
 Each arm's learning rate, of {rates}, is the one of lowest mean NLL over users on the rows that trust is measured on, with the
-first of {seeds} seeds.
+first of {seeds} seeds; so is a scheme's temperature, of {factors} times its own (the column *rate* has both, as 3e-3x0.2).
 
 NLL is in nats a row (ag_news) or a token, the mean over users; ± is half of a 95% t-interval over seeds, of the mean, or of the
 difference to users who train alone, paired by seed. *Better off* are users whose NLL, averaged over seeds, is below theirs alone.
@@ -61,7 +61,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     out = {}
     for arm, rate in json.loads((folder / "chosen.json").read_text()).items():
         place = folder / arm.replace(", ", "-").replace(" ", "-")
-        runs = [json.loads((place / f"{rate:g}-{s}.json").read_text()) for s in range(facts["seeds"])]
+        runs = [json.loads((place / f"{rate}-{s}.json").read_text()) for s in range(facts["seeds"])]
         nll = np.array([[user["nll"] for user in run["test"]] for run in runs])
         out[arm] = {"rate": rate, "runs": runs, "nll": nll}
     return out
@@ -87,15 +87,7 @@ def row(arm: str, found: dict[str, Any], alone: np.ndarray | None, shares: np.nd
     parts = [np.mean(v) for v in zip(*(trusted(run, shares) for run in runs))]
     numbers = [f"{np.mean([run[k] for run in runs]) / 1000:.0f}" for k in ("up", "down")]
     each = nll.mean(axis=0)
-    lines = [
-        arm,
-        f"{found['rate']:g}",
-        shown,
-        difference,
-        better,
-        f"{each.max():.4f}",
-        f"{each.std(ddof=1):.4f}",
-    ]
+    lines = [arm, found["rate"], shown, difference, better, f"{each.max():.4f}", f"{each.std(ddof=1):.4f}"]
     lines.append(" / ".join(f"{p:.2f}" for p in parts))
     return [*lines, *numbers, f"{np.mean([run['seconds'] for run in runs]):.0f}"]
 
