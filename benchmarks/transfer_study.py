@@ -137,8 +137,10 @@ class Study:
             probs = torch.tensor(found["probs"], dtype=torch.float64)
             if arm == "oracle":
                 probs = torch.nn.functional.one_hot(torch.tensor(self.train.labels), probs.shape[1]).double()
-            options = self.options(adapter, rate, seed, self.a.epochs)
             rows = [tuple(row) for row in found["rows"]]
+            # as many steps for the seeds as for the others
+            more = -(-self.a.rows // 16) // -(-len(rows) // 16)
+            options = self.options(adapter, rate, seed, self.a.epochs * more)
             model = classes.transfer(options, rows, probs, self.train.classes)
             seconds = time.process_time() - clock
             return self.figures(model, seed) | {"seconds": seconds}
