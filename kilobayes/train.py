@@ -175,7 +175,7 @@ def fit(
     )
     groups = parametrise.rates(work.method, theta) | ask.rates(posterior, theta)
 
-    def own(step: int) -> float:
+    def planned(step: int) -> float:
         return optim.linear((step - 0.5) / steps, settings.warmup)
 
     stopped = ""
@@ -195,7 +195,7 @@ def fit(
                 losses[index] = loss.cpu()
                 if not alive.any():
                     raise _diverged(settings, losses, index)
-                moving = rates * alive * ask.rate(posterior, progress, own)
+                moving = rates * alive * ask.rate(posterior, progress, planned)
                 if ask.optimises(posterior):
                     with torch.no_grad():
                         state = ask.update(posterior, state, theta, drawn, gradients, moving, progress)
