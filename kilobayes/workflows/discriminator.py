@@ -102,7 +102,8 @@ def train_discriminator(
         raise KilobayesError(f"{folder} holds a run already", remedy="name another folder with --out")
     seed = int(training.get("seed", 0))
     real = list({normal(r): r for r in read(source, card, data, making.words, split)}.values())
-    order = np.random.default_rng(seed).permutation(len(real))
+    draw = np.random.default_rng(seed)
+    order = draw.permutation(len(real))
     chosen = [real[int(at)] for at in order[:examples]]
     if seeds is not None:
         chosen = read(source, card, seeds, making.words)

@@ -209,7 +209,8 @@ def _student(
     held = round(share * len(rows)) if share < 1 else int(share)
     if not 0 <= held < len(rows):
         raise KilobayesError(f"cannot hold out {held} of {len(rows)} inputs", remedy="raise --inputs")
-    order = np.random.default_rng(options.seed).permutation(len(rows))
+    draw = np.random.default_rng(options.seed)
+    order = draw.permutation(len(rows))
     first, last = sorted(order[held:]), sorted(order[:held])
     where = {"agreement_on": "held out" if held else "trained on"}
     if card.task == "lm":

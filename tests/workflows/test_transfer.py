@@ -16,11 +16,9 @@ import pytest
 
 import kilobayes as kb
 from kilobayes import cli
-from kilobayes.distil.generators import Continuation
 from kilobayes.distil.rows import half
 from kilobayes.errors import KilobayesError
 from kilobayes.language import LanguageModel
-from kilobayes.sampling import Sampling
 from kilobayes.store import read_card
 from kilobayes.workflows.discriminator import Discriminator, read_discriminator
 from kilobayes.workflows.transfer_inputs import JUDGING, Making, maker
@@ -213,33 +211,6 @@ def test_a_discriminator_never_judges_what_it_was_trained_on(place: Path) -> Non
     found = maker(Making(), card, pool[:3], pool, "", JUDGING).propose(0, 10_000)
     assert {half(row) for row in found if row} == {JUDGING}
     assert len(found) == sum(half(row) == JUDGING for row in set(pool))
-
-
-def test_a_list_of_seeds_is_continued() -> None:
-    model = LanguageModel.load(small_lm.base())
-    seeds = [("ba be",), ("da de",), ("fa fe",)]
-    made = Continuation(model, seeds, "numbered", shots=2, sampling=Sampling(6, 1.0))
-    prompt = made._prompt(np.random.default_rng([0, 4]))
-    lines = prompt.split("\n")
-    assert [line.split(". ")[0] for line in lines] == ["1", "2", "3."]
-    assert {(line[3:],) for line in lines[:2]} < set(seeds)
-    assert made.propose(4, 3) == made.propose(4, 3)
-    assert made._row("", " ki ka") == ("ki ka",)
-    assert made._row("", "  ") is None
-    opening = Continuation(model, seeds, "opening", words=3, sampling=Sampling(6, 1.0))
-    rows = [row for row in opening.propose(0, 12) if row]
-    assert rows
-    assert all(row[0].split()[0] in ("ba", "da", "fa") and len(row[0].split()) <= 3 for row in rows)
-    pairs = Continuation(model, [("a", "b")], "plain", sampling=Sampling(6, 1.0))
-    assert pairs._prompt(np.random.default_rng(0)) == "a ||| b\n"
-    assert [pairs._row("", t) for t in (" x ||| y", "x", "x ||| ", "x|||y|||z")] == [
-        ("x", "y"),
-        None,
-        None,
-        None,
-    ]
-    with pytest.raises(KilobayesError, match="not one seed fits"):
-        Continuation(model, [("ba " * 60,)], "plain").propose(0, 1)
 
 
 def test_a_language_model_moves_to_another_tokenizer_of_its_own_by_text(tmp_path: Path) -> None:
