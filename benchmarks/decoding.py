@@ -22,8 +22,8 @@ from peft import set_peft_model_state_dict
 from torch import Tensor
 
 from kilobayes import host
-from kilobayes.decode import averaged
 from kilobayes.host.cache import Members
+from kilobayes.lm.decode import averaged
 from kilobayes.types import Params
 
 LENGTH = 64

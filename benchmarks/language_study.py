@@ -25,14 +25,14 @@ import torch
 
 from kilobayes import host, spec, train, tree
 from kilobayes.checkpoint import read_tensors, write_atomically
-from kilobayes.energy_lm import LanguageEnergy
 from kilobayes.files import write_json
 from kilobayes.host.vocabulary import hidden_states
+from kilobayes.lm.energy import LanguageEnergy
+from kilobayes.lm.predict import token_scores
 from kilobayes.metrics.language import summarise
 from kilobayes.models import load_causal
 from kilobayes.options import Options
 from kilobayes.posteriors import ask
-from kilobayes.predict_lm import token_scores
 from kilobayes.random import generator
 from kilobayes.tasks.lm import Language, TokenRows
 from kilobayes.tasks.text import Documents, load_documents

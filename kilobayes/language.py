@@ -12,17 +12,17 @@ from peft import PeftModel
 from torch import nn
 
 from kilobayes import host, parametrise, store
-from kilobayes.decode import generate
 from kilobayes.errors import KilobayesError
 from kilobayes.host.compact import FILE, load_compact
 from kilobayes.hub import first_line
+from kilobayes.lm.decode import generate
+from kilobayes.lm.prompts import check, encode, listed, padded
+from kilobayes.lm.replies import Reply, after, completion
+from kilobayes.lm.sampling import Sampling
 from kilobayes.metrics.agreement import agreement
 from kilobayes.models import Base, load_causal
 from kilobayes.posteriors import ask
-from kilobayes.prompts import check, encode, listed, padded
 from kilobayes.random import generator
-from kilobayes.replies import Reply, after, completion
-from kilobayes.sampling import Sampling
 from kilobayes.types import Params, Posterior
 from kilobayes.workflows.attach import device_of
 from kilobayes.workflows.language import FittedLanguage

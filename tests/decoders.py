@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from kilobayes import host
-from kilobayes.sampling import Sampling, shaped
+from kilobayes.lm.sampling import Sampling, shaped
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kilobayes as kb
 from kilobayes.errors import KilobayesError
 from kilobayes.language import LanguageModel
-from kilobayes.sampling import Sampling
+from kilobayes.lm.sampling import Sampling
 
 from . import small_lm
 from .decoders import member_probs, slowly
@@ -194,8 +194,8 @@ def test_a_real_model_under_draws_equals_the_slow_way(layers: list[int] | None) 
     model = get_peft_model(lm.model, config).eval()
     gen = torch.Generator().manual_seed(2)
     theta = {k: 0.2 * torch.randn(4, *v.shape[1:], generator=gen) for k, v in kb.read(model).items()}
-    from kilobayes.decode import generate
-    from kilobayes.prompts import encode, padded
+    from kilobayes.lm.decode import generate
+    from kilobayes.lm.prompts import encode, padded
 
     texts = ["Once upon a time", "Lily saw a"]
     ids, mask = padded(lm.tokenizer, [encode(lm.tokenizer, text)[1] for text in texts])

@@ -14,10 +14,10 @@ from torch import Tensor
 from kilobayes import host, tree
 from kilobayes.errors import KilobayesError
 from kilobayes.host.vocabulary import Vocabulary, check_output, hidden_states
+from kilobayes.lm.predict import token_scores
 from kilobayes.metrics import ece
 from kilobayes.metrics.language import TokenScores, summarise
 from kilobayes.posteriors.point import Point
-from kilobayes.predict_lm import token_scores
 from kilobayes.random import generator
 from kilobayes.tasks.lm import TokenRows
 from kilobayes.tasks.packing import IGNORED, Tokens, pack

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from kilobayes import host, tree
 from kilobayes.energy import ModelEnergy
-from kilobayes.energy_lm import LanguageEnergy, evenly, forward, running
 from kilobayes.host.vocabulary import hidden_states
+from kilobayes.lm.energy import LanguageEnergy, evenly, forward, running
+from kilobayes.lm.predict import token_scores
 from kilobayes.metrics.scores import accuracy
 from kilobayes.predict import TOKENS_IN_FLIGHT, Rows, class_nll, logits
-from kilobayes.predict_lm import token_scores
 from kilobayes.step import Nll, TrainData
 from kilobayes.tasks.classify import Encoded
 from kilobayes.tasks.data import Examples

@@ -61,7 +61,7 @@ def generate(
     prompts = _prompts(prompt or [], input)
     from kilobayes.files import write_lines
     from kilobayes.language import LanguageModel
-    from kilobayes.sampling import Sampling
+    from kilobayes.lm.sampling import Sampling
 
     sampling = Sampling(
         max_new_tokens, temperature, top_k, top_p, stop_entropy, stop_information, alternatives

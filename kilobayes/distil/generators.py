@@ -15,8 +15,8 @@ import numpy as np
 from kilobayes.distil.rows import Row
 from kilobayes.errors import KilobayesError
 from kilobayes.language import LanguageModel
-from kilobayes.prompts import encode
-from kilobayes.sampling import Sampling
+from kilobayes.lm.prompts import encode
+from kilobayes.lm.sampling import Sampling
 
 BETWEEN = " ||| "  # stands between the texts of a pair in a line
 FORMS = ("numbered", "plain", "opening")

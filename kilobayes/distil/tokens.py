@@ -25,10 +25,10 @@ from torch import Tensor
 from kilobayes import host, spec, store, tree
 from kilobayes.checkpoint import Checkpoint
 from kilobayes.distil.rows import Row
-from kilobayes.energy_lm import LanguageEnergy, forward, running
 from kilobayes.errors import KilobayesError
 from kilobayes.host.vocabulary import HiddenHead, check_output, hidden_states
 from kilobayes.language import LanguageModel
+from kilobayes.lm.energy import LanguageEnergy, forward, running
 from kilobayes.metrics.cost import measure
 from kilobayes.models import fingerprint, load_causal
 from kilobayes.modes import recomputing

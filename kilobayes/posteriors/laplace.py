@@ -19,7 +19,7 @@ Departures: derivatives are those of rows, exact for any adapter and leaf, where
 padding included in the published code; the prior is centred where training starts, since LoRA's A starts away
 from zero; scores are drawn per row jointly over its classes, and differences of scores are what is
 differentiated, C - 1 backward passes. Probabilities are averaged, never scores. For a language model, whose
-classes are its vocabulary, F is estimated from sampled labels (:mod:`kilobayes.energy_lm`), weights are
+classes are its vocabulary, F is estimated from sampled labels (:mod:`kilobayes.lm.energy`), weights are
 sampled, never linearised, and validation runs sampled weights for each precision."""
 
 from __future__ import annotations

@@ -14,11 +14,11 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from kilobayes.errors import KilobayesError
-from kilobayes.generated import Step
 from kilobayes.language import LanguageModel
-from kilobayes.prompts import check, encode
+from kilobayes.lm.generated import Step
+from kilobayes.lm.prompts import check, encode
+from kilobayes.lm.sampling import Sampling
 from kilobayes.random import generator
-from kilobayes.sampling import Sampling
 from kilobayes.serve.answers import Service
 from kilobayes.serve.bodies import CHAT_TOKENS, Chat, Completion, Written
 from kilobayes.serve.decoder import Writing

@@ -2,7 +2,7 @@
 
 Every sequence has a row for each draw of its run, and every row its own member of the stack, so sequences of
 different runs, settings and ages share the forward of a position; one may begin or end at any position. What
-is written is what :func:`kilobayes.decode.generate` writes from the same draws and the same generator.
+is written is what :func:`kilobayes.lm.decode.generate` writes from the same draws and the same generator.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from kilobayes import host, tree
-from kilobayes.decode import CACHED_TOKENS, choose
 from kilobayes.errors import KilobayesError
-from kilobayes.generated import Step
 from kilobayes.host import joined
 from kilobayes.host.cache import accepts
 from kilobayes.language import LanguageModel
+from kilobayes.lm.decode import CACHED_TOKENS, choose
+from kilobayes.lm.generated import Step
+from kilobayes.lm.sampling import Sampling
 from kilobayes.posteriors import ask
 from kilobayes.predict import TOKENS_IN_FLIGHT
-from kilobayes.sampling import Sampling
 from kilobayes.serve.queue import Job, Waiting
 from kilobayes.types import Params
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kilobayes.generated import Step
-from kilobayes.replies import after
+from kilobayes.lm.generated import Step
+from kilobayes.lm.replies import after
 
 BEFORE = 8  # tokens of the prompt that the text is decoded behind
 

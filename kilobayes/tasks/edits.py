@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kilobayes.errors import KilobayesError, nearest
-from kilobayes.prompts import encode
+from kilobayes.lm.prompts import encode
 from kilobayes.tasks.table import read_file
 
 TARGETS = ("target_new", "target", "attribute")

@@ -15,11 +15,11 @@ from torch import nn
 
 from kilobayes import host, tree
 from kilobayes.host.cache import accepts
+from kilobayes.lm.prompts import padded
+from kilobayes.lm.replies import after
 from kilobayes.metrics import editing
 from kilobayes.metrics.editing import Answered
 from kilobayes.modes import evaluation
-from kilobayes.prompts import padded
-from kilobayes.replies import after
 from kilobayes.tasks.edits import Fact, Pair, Probe, encode_pair
 from kilobayes.types import Params
 from kilobayes.workflows.edit import batch

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from kilobayes import host, spec, store, train
 from kilobayes.checkpoint import Checkpoint
-from kilobayes.energy_lm import LanguageEnergy
 from kilobayes.errors import KilobayesError
 from kilobayes.files import digest
 from kilobayes.host.vocabulary import HiddenHead, check_output, hidden_states
+from kilobayes.lm.energy import LanguageEnergy
+from kilobayes.lm.predict import token_scores
 from kilobayes.metrics.cost import measure
 from kilobayes.metrics.language import TokenScores
 from kilobayes.models import fingerprint, load_causal
 from kilobayes.modes import recomputing
 from kilobayes.options import Options
 from kilobayes.posteriors import ask
-from kilobayes.predict_lm import token_scores
 from kilobayes.random import generator
 from kilobayes.step import Nll
 from kilobayes.tasks.lm import Language, TokenRows

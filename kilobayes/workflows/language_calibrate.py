@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from kilobayes import host, spec, store
-from kilobayes.energy_lm import LanguageEnergy
 from kilobayes.errors import KilobayesError
 from kilobayes.files import write_text_atomically
 from kilobayes.host.vocabulary import check_output
+from kilobayes.lm.energy import LanguageEnergy
 from kilobayes.metrics import Interval
 from kilobayes.metrics.cost import measure
 from kilobayes.metrics.texts import TextEvaluation

@@ -10,11 +10,11 @@ import numpy as np
 
 from kilobayes import spec
 from kilobayes.files import write_json
+from kilobayes.lm.replies import after
 from kilobayes.metrics import Interval
 from kilobayes.metrics.language import TokenScores, summarise
 from kilobayes.metrics.texts import Excerpt, TextEvaluation, to_json
 from kilobayes.posteriors import ask
-from kilobayes.replies import after
 from kilobayes.tasks.packing import IGNORED, Tokens
 from kilobayes.tasks.text import Documents
 from kilobayes.workflows.language import FittedLanguage

@@ -22,7 +22,7 @@ from kilobayes.distil.rows import Row, half, of_documents, of_examples
 from kilobayes.distil.synthesis import Generator
 from kilobayes.errors import KilobayesError, nearest
 from kilobayes.language import LanguageModel
-from kilobayes.sampling import Sampling
+from kilobayes.lm.sampling import Sampling
 from kilobayes.tasks.data import available_splits, load_examples
 from kilobayes.workflows.data import load_as_trained
 from kilobayes.workflows.texts import for_run

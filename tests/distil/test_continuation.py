@@ -8,7 +8,7 @@ import pytest
 from kilobayes.distil.generators import Continuation
 from kilobayes.errors import KilobayesError
 from kilobayes.language import LanguageModel
-from kilobayes.sampling import Sampling
+from kilobayes.lm.sampling import Sampling
 
 from .. import small_lm
 

@@ -10,14 +10,14 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from kilobayes import host, predict, train, tree
-from kilobayes.decode import generate
 from kilobayes.errors import KilobayesError
 from kilobayes.host import unpad
 from kilobayes.host.answers import answers
 from kilobayes.host.pairing import shared_prefix
+from kilobayes.lm.decode import generate
+from kilobayes.lm.sampling import Sampling
 from kilobayes.posteriors import SWAG
 from kilobayes.random import generator
-from kilobayes.sampling import Sampling
 from kilobayes.testing.tiny import TinyRows, TinyTask, nll
 from tests.decoders import prompts, slowly
 

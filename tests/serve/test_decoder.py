@@ -10,9 +10,9 @@ import torch
 
 from kilobayes.host import joined
 from kilobayes.language import LanguageModel
-from kilobayes.prompts import encode
+from kilobayes.lm.prompts import encode
+from kilobayes.lm.sampling import Sampling
 from kilobayes.random import generator
-from kilobayes.sampling import Sampling
 from kilobayes.serve.decoder import Decoder, Writing
 from kilobayes.serve.shelf import Shelf
 

@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 
 from kilobayes import cli, host, tree
 from kilobayes.language import LanguageModel
-from kilobayes.prompts import encode
+from kilobayes.lm.prompts import encode
 from kilobayes.serve.averaging import average, forced
 from kilobayes.serve.manifest import Manifest
 from kilobayes.serve.proxy import application

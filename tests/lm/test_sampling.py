@@ -8,7 +8,7 @@ import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from kilobayes.errors import KilobayesError
-from kilobayes.sampling import Sampling, pick, shaped
+from kilobayes.lm.sampling import Sampling, pick, shaped
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kilobayes.generated import Generated
+from kilobayes.lm.generated import Generated
 from kilobayes.metrics.agreement import Agreement
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kilobayes import host, tree
-from kilobayes.energy_lm import forward, running
+from kilobayes.lm.energy import forward, running
 from kilobayes.metrics.language import TokenScores
 from kilobayes.predict import TOKENS_IN_FLIGHT
 from kilobayes.tasks.lm import Language

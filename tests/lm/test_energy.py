@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kilobayes import host
-from kilobayes.energy_lm import LanguageEnergy, evenly, running
 from kilobayes.errors import KilobayesError
+from kilobayes.lm.energy import LanguageEnergy, evenly, running
 from kilobayes.posteriors import ask
 from kilobayes.posteriors.gauss_newton import gauss_newton
 from kilobayes.posteriors.laplace import Laplace
@@ -21,8 +21,8 @@ from kilobayes.random import generator
 from kilobayes.tasks.packing import IGNORED, Tokens
 from kilobayes.types import Progress
 
-from .decoders import hosted
-from .token_rows import rows, task
+from ..decoders import hosted
+from ..token_rows import rows, task
 
 
 def brute_force(model: Any, theta: dict[str, Tensor], tokens: Tokens, keys: list[str]) -> Tensor:

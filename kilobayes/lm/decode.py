@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from kilobayes import host, tree
 from kilobayes.errors import KilobayesError
-from kilobayes.generated import Generated, Step
 from kilobayes.host.cache import Members, accepts
+from kilobayes.lm.generated import Generated, Step
+from kilobayes.lm.sampling import Sampling, pick
 from kilobayes.modes import evaluation
-from kilobayes.sampling import Sampling, pick
 from kilobayes.types import Params
 
 CACHED_TOKENS = 1 << 16  # 0.5 GB of keys and values in a model of 12 layers and width 512

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from kilobayes.generated import Generated
+from kilobayes.lm.generated import Generated
 
 
 def test_summaries_of_a_sequence() -> None:

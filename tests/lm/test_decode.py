@@ -10,12 +10,12 @@ import torch
 import transformers as tf
 
 from kilobayes import host
-from kilobayes.decode import Generated, averaged, generate, steps
 from kilobayes.errors import KilobayesError
+from kilobayes.lm.decode import Generated, averaged, generate, steps
+from kilobayes.lm.sampling import Sampling
 from kilobayes.random import generator
-from kilobayes.sampling import Sampling
 
-from .decoders import BUILD, hosted, make, member_probs, prompts, slowly
+from ..decoders import BUILD, hosted, make, member_probs, prompts, slowly
 
 NEW = 4
 SHORT = Sampling(max_new_tokens=NEW)

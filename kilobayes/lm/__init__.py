@@ -1,0 +1,1 @@
+"""Language models under a posterior: texts scored and written with probabilities averaged over draws."""
