@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kilobayes import host, spec, store
+from kilobayes import spec, store
 from kilobayes.checkpoint import Checkpoint
 from kilobayes.collaboration.members import Party, user_seed
 from kilobayes.collaboration.settings import Together
@@ -25,7 +25,7 @@ from kilobayes.tasks.lm import Language
 from kilobayes.tasks.text import load_documents, splits
 from kilobayes.types import Posterior
 from kilobayes.workflows import users
-from kilobayes.workflows.attach import attach, device_of, member_seeds, start
+from kilobayes.workflows.attach import attach, card_of, device_of, member_seeds, start
 from kilobayes.workflows.data import columns, first_test, reader
 from kilobayes.workflows.finetune import fingerprint_of, settings_of
 from kilobayes.workflows.folder import CHECKPOINT
@@ -108,21 +108,9 @@ def gather(
     first = next(iter(own.values())).train
     given = first if isinstance(first, Examples) else None
     task: Any = subject.task
-    card = store.Card(
-        posterior=repr(posterior),
-        adapter=repr(host.method(subject.model)),
-        base=options.model,
-        fingerprint=print_,
-        classes=list(given.classes) if given else [],
-        max_length=task.max_length,
-        samples=options.samples,
-        seed=options.seed,
-        target_modules=[site.name for site in host.sites(subject.model)],
-        dtype=options.dtype,
-        paired=given is not None and given.pairs is not None,
-        task=options.task,
-        **store.put(given.prompt if given else None),
-    )
+    about = {"classes": list(given.classes), "paired": given.pairs is not None} if given else {}
+    prompt = store.put(given.prompt if given else None)
+    card = card_of(options, subject.model, posterior, print_, task.max_length, **about, **prompt)
     return Party(
         names=tuple(own),
         subject=subject,

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kilobayes import host, spec, store
+from kilobayes import host, spec
 from kilobayes.checkpoint import Checkpoint
 from kilobayes.distil.rows import Row, to_examples
 from kilobayes.energy import ModelEnergy
@@ -35,7 +35,7 @@ from kilobayes.step import Nll
 from kilobayes.tasks.classify import Encoded
 from kilobayes.tasks.protocol import Task
 from kilobayes.workflows import chunks
-from kilobayes.workflows.attach import attach, device_of, member_seeds, start
+from kilobayes.workflows.attach import attach, card_of, device_of, member_seeds, start
 from kilobayes.workflows.finetune import Fitted, Watch, fingerprint_of, learned, settings_of
 from kilobayes.workflows.kinds import kind_of
 
@@ -145,12 +145,8 @@ def transfer(
                 energy=energy, save=save, watch=watch,
             )  # fmt: skip
         state = ask.fit(posterior, learned(trained, len(seeds)), energy, generator(options.seed, 6))
-    card = store.Card(
-        posterior=repr(posterior), adapter=repr(host.method(model)), base=options.model, fingerprint=print_,
-        classes=list(classes), max_length=task.max_length, samples=options.samples, seed=options.seed,
-        target_modules=[site.name for site in host.sites(model)], dtype=options.dtype,
-        paired=len(rows[0]) == 2,
-    )  # fmt: skip
+    about = {"classes": list(classes), "paired": len(rows[0]) == 2}
+    card = card_of(options, model, posterior, print_, task.max_length, **about)
     return Fitted(model, task, posterior, state, card, own.truncated, trained, dict(cost))
 
 

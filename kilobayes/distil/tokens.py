@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kilobayes import host, spec, store, tree
+from kilobayes import host, spec, tree
 from kilobayes.checkpoint import Checkpoint
 from kilobayes.distil.rows import Row
 from kilobayes.errors import KilobayesError
@@ -40,7 +40,7 @@ from kilobayes.tasks.lm import Language, TokenRows
 from kilobayes.tasks.packing import IGNORED, Tokens
 from kilobayes.tasks.text import Documents
 from kilobayes.workflows import chunks
-from kilobayes.workflows.attach import attach, device_of, member_seeds, start
+from kilobayes.workflows.attach import attach, card_of, device_of, member_seeds, start
 from kilobayes.workflows.finetune import Watch, learned, settings_of
 from kilobayes.workflows.language import FittedLanguage, row_nll, sampling
 
@@ -226,9 +226,5 @@ def transfer(
                 energy=energy, save=save, watch=watch,
             )  # fmt: skip
         state = ask.fit(posterior, learned(trained, len(seeds)), energy, generator(options.seed, 6))
-    card = store.Card(
-        posterior=repr(posterior), adapter=repr(host.method(model)), base=options.model, fingerprint=print_,
-        classes=[], max_length=task.max_length, samples=options.samples, seed=options.seed,
-        target_modules=[site.name for site in host.sites(model)], dtype=options.dtype, task="lm",
-    )  # fmt: skip
+    card = card_of(options, model, posterior, print_, task.max_length)
     return FittedLanguage(model, task, posterior, state, card, tokens, trained, dict(cost))

@@ -9,12 +9,13 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from kilobayes import host
+from kilobayes.card import Card
 from kilobayes.errors import KilobayesError
 from kilobayes.hub import first_line
 from kilobayes.models import Base
 from kilobayes.options import Options
 from kilobayes.random import generator
-from kilobayes.types import Params
+from kilobayes.types import Params, Posterior
 
 HEAD_DEVIATION = 0.02  # of a new head's weights, as BERT's and most of its successors' initialisers
 
@@ -72,6 +73,32 @@ def start(model: nn.Module, base: Base, seeds: list[int]) -> Params:
             stack = HEAD_DEVIATION * torch.stack(draws)
         theta[key] = stack
     return theta
+
+
+def card_of(
+    options: Options, model: nn.Module, posterior: Posterior, print_: str, max_length: int, **more: Any
+) -> Card:
+    """What is saved beside a posterior that these options led to.
+
+    Args:
+        model: hosts the adapter.
+        print_: fingerprint of the base.
+        max_length: longest row in tokens.
+        more: of the task: classes, paired, how rows are put to a language model.
+    """
+    return Card(
+        posterior=repr(posterior),
+        adapter=repr(host.method(model)),
+        base=options.model,
+        fingerprint=print_,
+        max_length=max_length,
+        samples=options.samples,
+        seed=options.seed,
+        target_modules=[site.name for site in host.sites(model)],
+        dtype=options.dtype,
+        task=options.task,
+        **{"classes": [], **more},
+    )
 
 
 def member_seeds(seed: int, members: int) -> list[int]:

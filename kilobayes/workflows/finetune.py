@@ -33,7 +33,7 @@ from kilobayes.tasks.protocol import Task
 from kilobayes.tree import state_member
 from kilobayes.types import Posterior, Progress
 from kilobayes.workflows import chunks, conformal
-from kilobayes.workflows.attach import attach, device_of, member_seeds, start
+from kilobayes.workflows.attach import attach, card_of, device_of, member_seeds, start
 from kilobayes.workflows.kinds import kind_of
 
 Watch = Callable[[Progress, Tensor], None]
@@ -189,21 +189,8 @@ def fit_examples(
             )
         # predicts as any prediction does, so it brings its own contexts
         state = ask.fit(posterior, learned(trained, len(seeds)), energy, generator(options.seed, 6))
-    card = store.Card(
-        posterior=repr(posterior),
-        adapter=repr(host.method(model)),
-        base=options.model,
-        fingerprint=print_,
-        classes=list(examples.classes),
-        max_length=task.max_length,
-        samples=options.samples,
-        seed=options.seed,
-        target_modules=[site.name for site in host.sites(model)],
-        dtype=options.dtype,
-        paired=examples.pairs is not None,
-        task=options.task,
-        **store.put(examples.prompt),
-    )
+    about = {"classes": list(examples.classes), "paired": examples.pairs is not None}
+    card = card_of(options, model, posterior, print_, task.max_length, **about, **store.put(examples.prompt))
     numbers = sum(v[0].numel() for v in host.read(model).values())
     cost = dict(cost) | {"trained_bytes": 4.0 * numbers * len(seeds)}
     return Fitted(model, task, posterior, state, card, encoded.truncated, trained, cost)

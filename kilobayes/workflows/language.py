@@ -32,7 +32,7 @@ from kilobayes.tasks.packing import Tokens, collate, pack
 from kilobayes.tasks.text import Documents
 from kilobayes.types import Posterior, Progress
 from kilobayes.workflows import chunks
-from kilobayes.workflows.attach import attach, device_of, member_seeds, start
+from kilobayes.workflows.attach import attach, card_of, device_of, member_seeds, start
 from kilobayes.workflows.finetune import learned, settings_of
 
 
@@ -156,19 +156,7 @@ def fit_documents(
                 watch=watch,
             )
         state = ask.fit(posterior, learned(trained, len(seeds)), energy, generator(options.seed, 6))
-    card = store.Card(
-        posterior=repr(posterior),
-        adapter=repr(host.method(model)),
-        base=options.model,
-        fingerprint=print_,
-        classes=[],
-        max_length=task.max_length,
-        samples=options.samples,
-        seed=options.seed,
-        target_modules=[site.name for site in host.sites(model)],
-        dtype=options.dtype,
-        task="lm",
-    )
+    card = card_of(options, model, posterior, print_, task.max_length)
     numbers = sum(v[0].numel() for v in host.read(model).values())
     cost = dict(cost) | {"trained_bytes": 4.0 * numbers * len(seeds)}
     return FittedLanguage(model, task, posterior, state, card, tokens, trained, cost)
