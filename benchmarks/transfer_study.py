@@ -44,7 +44,7 @@ from kilobayes.workflows.discriminator import read_discriminator, train_discrimi
 from kilobayes.workflows.finetune import fit_examples, load
 from kilobayes.workflows.transfer_inputs import JUDGING, Making, maker
 
-ADAPTERS = {"VB-LoRA": "VBLoRA()", "LoRA-XS": "LoRAXS(r=16)"}
+ADAPTERS = {"LoRA-XS": "LoRAXS(r=16)", "VB-LoRA": "VBLoRA()"}
 ARMS = ("seeds only", "random inputs", "unfiltered", "filtered", "real inputs", "oracle")
 COLUMNS = {"trec": "text", "sst2": "sentence"}
 
@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--pool", type=int, default=16000, help="unlabelled texts")
     p.add_argument("--scored", type=int, default=300, help="test rows")
     p.add_argument("--epochs", type=int, default=8)
-    p.add_argument("--rates", default="1e-3,4e-3")
+    p.add_argument("--rates", default="4e-3,1.6e-2")
     p.add_argument(
         "--documents", type=int, default=128, help="stories to train on, and texts that are written"
     )
