@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from kilobayes.collaboration.members import Party, user_seed
 from kilobayes.collaboration.settings import Together
 from kilobayes.collaboration.subjects import Choosing, Subject, Writing
 from kilobayes.errors import KilobayesError
+from kilobayes.files import digest
 from kilobayes.host.vocabulary import check_output
 from kilobayes.models import fingerprint, load_causal
 from kilobayes.options import Options
@@ -170,4 +170,4 @@ def _digest(rows: users.Own) -> str:
     """SHA-256 of what a user trains on."""
     train = rows.train
     whole = [train.texts, train.pairs, train.labels] if isinstance(train, Examples) else train.rows
-    return hashlib.sha256(repr(whole).encode()).hexdigest()
+    return digest([repr(whole)])

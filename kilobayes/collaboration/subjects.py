@@ -105,9 +105,7 @@ class Choosing:
         return self.task.nll(self._logs(theta, rows, draws), rows.labels).mean(dim=1)
 
     def predictions(self, theta: Params, rows: Encoded, draws: int, most: int) -> Tensor:
-        count = min(most, len(rows))
-        even = torch.arange(count) * len(rows) // count
-        return self._logs(theta, rows.take(even), draws)
+        return self._logs(theta, self.energy(rows).part(most).encoded, draws)
 
     def energy(self, rows: Encoded) -> ModelEnergy:
         return ModelEnergy(self.model, self.task, rows)

@@ -12,7 +12,6 @@ same tokenizer, the student learns the source's whole distribution at each of th
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from kilobayes import host, spec, tree
 from kilobayes.checkpoint import Checkpoint
 from kilobayes.distil.rows import Row
 from kilobayes.errors import KilobayesError
+from kilobayes.files import digest
 from kilobayes.host.vocabulary import HiddenHead, check_output, hidden_states
 from kilobayes.language import LanguageModel
 from kilobayes.lm.energy import LanguageEnergy, forward, running
@@ -208,7 +208,7 @@ def transfer(
     seeds = member_seeds(options.seed, ask.members(posterior))
     save = None
     if checkpoint is not None:
-        rows = hashlib.sha256(repr([list(w) for w in written]).encode()).hexdigest()
+        rows = digest([repr([list(w) for w in written])])
         identity = options.identity() | {"base": print_, "rows": rows, "soft": soft is not None}
         save = Checkpoint(checkpoint, identity, resume=options.resume)
     apart, per_row = encode(task, held) if held else tokens, tokens.mean_counted

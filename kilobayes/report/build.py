@@ -49,11 +49,7 @@ def build_page(
     Raises:
         KilobayesError: no arm, or not one summary for each arm.
     """
-    if not evaluations or len(evaluations) != len(summaries):
-        found = f"{len(evaluations)} evaluations and {len(summaries)} summaries"
-        raise KilobayesError(
-            "a report needs arms and one summary for each", found, "give two lists of one length"
-        )
+    check_arms(evaluations, summaries)
     bins = int(meta.get("bins", BINS))
     arms = [_arm(index, *pair, bins) for index, pair in enumerate(zip(evaluations, summaries, strict=True))]
     lead = best([summary.get("nll", Interval(math.nan, math.nan, math.nan)) for summary in summaries], -1)
@@ -77,6 +73,15 @@ def build_page(
         bins=bins,
         definitions=definitions(*shown, bins, meta.get("resamples")),
     )
+
+
+def check_arms(evaluations: Sequence[Any], summaries: Sequence[Any]) -> None:
+    """Raises KilobayesError: no arm, or not one summary for each arm."""
+    if not evaluations or len(evaluations) != len(summaries):
+        found = f"{len(evaluations)} evaluations and {len(summaries)} summaries"
+        raise KilobayesError(
+            "a report needs arms and one summary for each", found, "give two lists of one length"
+        )
 
 
 def write_report(

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from kilobayes.errors import KilobayesError
 from kilobayes.files import write_text_atomically
 from kilobayes.metrics.intervals import Interval
 from kilobayes.metrics.language import BINS, comparable, paired_difference, reliability
@@ -25,7 +24,7 @@ from kilobayes.metrics.texts import (
     differences,
 )
 from kilobayes.report import drawing
-from kilobayes.report.build import costs, filled_bins, template, told
+from kilobayes.report.build import check_arms, costs, filled_bins, template, told
 from kilobayes.report.definitions import COSTS as COST_MEANINGS
 from kilobayes.report.headline import NLL, Loss, calibration, known, lowest, runner_up, shift
 from kilobayes.report.language_plots import reliability_diagram, shift_histogram
@@ -58,11 +57,7 @@ def build_page(
     Raises:
         KilobayesError: no arm, or not one summary for each arm.
     """
-    if not evaluations or len(evaluations) != len(summaries):
-        found = f"{len(evaluations)} evaluations and {len(summaries)} summaries"
-        raise KilobayesError(
-            "a report needs arms and one summary for each", found, "give two lists of one length"
-        )
+    check_arms(evaluations, summaries)
     paid = [one.cost for one in evaluations]
     scale = _scale([excerpt for one in evaluations for excerpt in one.excerpts])
     arms = [_arm(index, one, scale) for index, one in enumerate(evaluations)]

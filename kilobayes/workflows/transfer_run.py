@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,16 +10,17 @@ from typing import Any
 
 import torch
 
-from kilobayes import __version__, spec, store
+from kilobayes import __version__, spec
 from kilobayes.card import Card
 from kilobayes.distil import tokens
 from kilobayes.distil.rows import Row
 from kilobayes.distil.synthesis import Synthesis
 from kilobayes.errors import KilobayesError
-from kilobayes.files import write_json, write_text_atomically
+from kilobayes.files import digest, write_json, write_text_atomically
 from kilobayes.language import LanguageModel
 from kilobayes.options import Options
 from kilobayes.run_yaml import read_yaml
+from kilobayes.workflows import frame
 from kilobayes.workflows.evaluate import command, versions
 from kilobayes.workflows.language import FittedLanguage
 from kilobayes.workflows.language import load as load_language
@@ -80,7 +80,7 @@ def settings(
 
 
 def _digest(rows: Sequence[Row]) -> str:
-    return hashlib.sha256("\x1e".join("\x1f".join(row) for row in rows).encode()).hexdigest()[:16]
+    return digest("\x1f".join(row) for row in rows)[:16]
 
 
 def synthesis(folder: Path) -> Synthesis | None:
@@ -122,14 +122,11 @@ def finish(
     folder: Path, fitted: Any, options: Options, found: dict[str, Any], report: dict[str, Any]
 ) -> Transferred:
     """Write the run; its README, which is last, says that it is whole."""
-    sizes = store.save(folder, fitted.model, fitted.posterior, fitted.state, fitted.card)
-    stored = float(sizes["checkpoint"] + sizes["posterior"])
-    cost = fitted.cost | {"stored_bytes": stored}
-    write_json(folder / "cost.json", {k: round(v, 3) for k, v in cost.items()} | {"sizes": sizes})
+    fitted, sizes = frame.save(folder, fitted)
     write_json(folder / "env.json", versions() | {"command": command()})
     write_json(folder / REPORT, {"settings": found, "report": report})
     write_text_atomically(folder / "README.md", _readme(fitted.card, found, report, sizes))
-    return Transferred(folder, replace(fitted, cost=cost), report, sizes)
+    return Transferred(folder, fitted, report, sizes)
 
 
 def _readme(card: Card, found: dict[str, Any], report: dict[str, Any], sizes: dict[str, int]) -> str:
