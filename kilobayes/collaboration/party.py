@@ -27,9 +27,10 @@ from kilobayes.types import Posterior
 from kilobayes.workflows import users
 from kilobayes.workflows.attach import attach, card_of, device_of, member_seeds, start
 from kilobayes.workflows.data import columns, first_test, reader
-from kilobayes.workflows.finetune import fingerprint_of, settings_of
+from kilobayes.workflows.finetune import fingerprint_of
 from kilobayes.workflows.folder import CHECKPOINT
 from kilobayes.workflows.kinds import kind_of
+from kilobayes.workflows.learn import settings_of
 
 __all__ = ["Party", "check_posterior", "gather"]
 

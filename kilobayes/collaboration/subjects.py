@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from kilobayes import host, tree
 from kilobayes.energy import ModelEnergy
-from kilobayes.host.vocabulary import hidden_states
 from kilobayes.lm.energy import LanguageEnergy, evenly, forward, running
 from kilobayes.lm.predict import token_scores
 from kilobayes.metrics.scores import accuracy
@@ -30,6 +29,8 @@ from kilobayes.tasks.packing import Tokens
 from kilobayes.tasks.protocol import Task
 from kilobayes.tasks.text import Documents
 from kilobayes.types import Params
+from kilobayes.workflows.language import row_nll
+from kilobayes.workflows.learn import choosing, writing
 
 
 class Subject(Protocol):
@@ -91,10 +92,8 @@ class Choosing:
 
     @contextmanager
     def training(self, data: Any, own: Sequence[Tensor]) -> Iterator[Nll]:
-        with ExitStack() as stack:
-            for within in (host.packed, host.read_token, host.real_tokens, self.task.within):
-                stack.enter_context(within(self.model))
-            yield class_nll(self.task)
+        with choosing(self.model, self.task, class_nll(self.task)) as nll:
+            yield nll
 
     def _logs(self, theta: Params, rows: Encoded, draws: int) -> Tensor:
         found = logits(self.model, theta, self.task, rows).double().log_softmax(dim=-1)
@@ -141,15 +140,7 @@ class Writing:
         counted = data.tokens.counted
         # a user's loss is in nats per token of its own rows, as if it were alone
         per_row = torch.tensor([[sum(counted[i] for i in rows.tolist()) / len(rows)] for rows in own])
-        with ExitStack() as stack:
-            stack.enter_context(host.packed(self.model))
-            stack.enter_context(host.real_tokens(self.model))
-            head = stack.enter_context(hidden_states(self.model))
-
-            def nll(output: Any, labels: Tensor) -> Tensor:
-                found = head.row_nll(labels).reshape(len(labels), -1)
-                return found / per_row.to(found)
-
+        with writing(self.model, lambda head: row_nll(head, per_row)) as nll:
             yield nll
 
     @torch.inference_mode()

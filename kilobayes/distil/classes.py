@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,22 +21,18 @@ import torch
 from torch import Tensor
 
 from kilobayes import host, spec
-from kilobayes.checkpoint import Checkpoint
 from kilobayes.distil.rows import Row, to_examples
 from kilobayes.energy import ModelEnergy
 from kilobayes.errors import KilobayesError
-from kilobayes.metrics.cost import measure
-from kilobayes.modes import recomputing
 from kilobayes.options import Options
-from kilobayes.posteriors import ask
 from kilobayes.random import generator
 from kilobayes.step import Nll
 from kilobayes.tasks.classify import Encoded
 from kilobayes.tasks.protocol import Task
-from kilobayes.workflows import chunks
-from kilobayes.workflows.attach import attach, card_of, device_of, member_seeds, start
-from kilobayes.workflows.finetune import Fitted, Watch, fingerprint_of, learned, settings_of
+from kilobayes.workflows.attach import attach, card_of, device_of
+from kilobayes.workflows.finetune import Fitted, fingerprint_of
 from kilobayes.workflows.kinds import kind_of
+from kilobayes.workflows.learn import Watch, check_calibration, choosing, learn
 
 OBJECTIVES = ("probabilities", "text")
 
@@ -113,41 +108,26 @@ def transfer(
         KilobayesError: as training; a posterior that needs rows held out and gets none.
     """
     posterior = spec.posterior(options.posterior)
-    if ask.needs_calibration(posterior) and held is None:
-        raise KilobayesError(
-            f"{options.posterior} needs rows to calibrate on", "none", "as in --calibration 0.2"
-        )
+    check_calibration(posterior, options, held)
     kind = kind_of("classify")
     base = kind.load(options.model, classes, options.dtype, device_of(options.device))
     print_ = fingerprint_of(base)
     model = attach(base, options)
     task = kind.make(base, classes, min(options.max_length, base.longest or options.max_length), None)
-    seeds = member_seeds(options.seed, ask.members(posterior))
 
     def encoded(some: Sequence[Row], soft: Tensor, stream: int) -> Encoded:
         drawn = torch.multinomial(soft, 1, generator=generator(options.seed, stream))[:, 0]
         return task.encode(to_examples(some, classes, drawn.tolist()))
 
     own = encoded(rows, probs, 11)
-    save = None
-    if checkpoint is not None:
-        identity = options.identity() | {"base": print_, "rows": _digest(rows, probs)}
-        save = Checkpoint(checkpoint, identity, resume=options.resume)
     energy = ModelEnergy(model, task, own if held is None else encoded(*held, 12), trained=own)
-    with measure() as cost:
-        with ExitStack() as stack:
-            for context in (host.packed, host.read_token, host.real_tokens, task.within):
-                stack.enter_context(context(model))
-            stack.enter_context(recomputing(model, options.gradient_checkpointing))
-            trained = chunks.fit(
-                model, SoftRows(task, own, probs), soft_nll(task), posterior,
-                lambda some: start(model, base, some), settings_of(options, seeds), options.at_once,
-                energy=energy, save=save, watch=watch,
-            )  # fmt: skip
-        state = ask.fit(posterior, learned(trained, len(seeds)), energy, generator(options.seed, 6))
+    done = learn(
+        model, base, SoftRows(task, own, probs), choosing(model, task, soft_nll(task)), posterior, options,
+        energy, about={"base": print_, "rows": _digest(rows, probs)}, checkpoint=checkpoint, watch=watch,
+    )  # fmt: skip
     about = {"classes": list(classes), "paired": len(rows[0]) == 2}
     card = card_of(options, model, posterior, print_, task.max_length, **about)
-    return Fitted(model, task, posterior, state, card, own.truncated, trained, dict(cost))
+    return Fitted(model, task, posterior, done.state, card, own.truncated, done.trained, done.cost)
 
 
 def agreement(student: Fitted, rows: Sequence[Row], probs: Tensor) -> dict[str, float]:

@@ -13,7 +13,6 @@ same tokenizer, the student learns the source's whole distribution at each of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,27 +21,22 @@ import torch
 from torch import Tensor
 
 from kilobayes import host, spec, tree
-from kilobayes.checkpoint import Checkpoint
 from kilobayes.distil.rows import Row
 from kilobayes.errors import KilobayesError
 from kilobayes.files import digest
-from kilobayes.host.vocabulary import HiddenHead, check_output, hidden_states
+from kilobayes.host.vocabulary import HiddenHead, check_output
 from kilobayes.language import LanguageModel
 from kilobayes.lm.energy import LanguageEnergy, forward, running
-from kilobayes.metrics.cost import measure
 from kilobayes.models import fingerprint, load_causal
-from kilobayes.modes import recomputing
 from kilobayes.options import Options
 from kilobayes.posteriors import ask
-from kilobayes.random import generator
 from kilobayes.step import Nll
 from kilobayes.tasks.lm import Language, TokenRows
 from kilobayes.tasks.packing import IGNORED, Tokens
 from kilobayes.tasks.text import Documents
-from kilobayes.workflows import chunks
-from kilobayes.workflows.attach import attach, card_of, device_of, member_seeds, start
-from kilobayes.workflows.finetune import Watch, learned, settings_of
+from kilobayes.workflows.attach import attach, card_of, device_of
 from kilobayes.workflows.language import FittedLanguage, row_nll, sampling
+from kilobayes.workflows.learn import Watch, check_calibration, learn, writing
 
 OBJECTIVES = ("text", "logits")
 MOST = 128  # tokens of a distribution that are kept
@@ -192,10 +186,7 @@ def transfer(
         KilobayesError: as training; tokenizers that differ, by logits.
     """
     posterior = sampling(spec.posterior(options.posterior))
-    if ask.needs_calibration(posterior) and not held:
-        raise KilobayesError(
-            f"{options.posterior} needs rows to calibrate on", "none", "as in --calibration 0.2"
-        )
+    check_calibration(posterior, options, held)
     base = load_causal(options.model, dtype=options.dtype, device=device_of(options.device))
     if teacher is not None:
         check("logits", teacher.tokenizer, base.tokenizer)
@@ -205,26 +196,17 @@ def transfer(
     check_output(base.model, torch.tensor([tokens.ids[0]], device=next(base.model.parameters()).device))
     soft = None if teacher is None else distributions(teacher, task, tokens)
     model = attach(base, options)
-    seeds = member_seeds(options.seed, ask.members(posterior))
-    save = None
-    if checkpoint is not None:
-        rows = digest([repr([list(w) for w in written])])
-        identity = options.identity() | {"base": print_, "rows": rows, "soft": soft is not None}
-        save = Checkpoint(checkpoint, identity, resume=options.resume)
+    rows = digest([repr([list(w) for w in written])])
     apart, per_row = encode(task, held) if held else tokens, tokens.mean_counted
     energy = LanguageEnergy(model, task, apart, trained=tokens, per_row=per_row)
-    with measure() as cost:
-        with ExitStack() as stack:
-            stack.enter_context(host.packed(model))
-            stack.enter_context(host.real_tokens(model))
-            head = stack.enter_context(hidden_states(model))
-            stack.enter_context(recomputing(model, options.gradient_checkpointing))
-            loss = row_nll(head, per_row) if soft is None else soft_nll(head, soft, per_row)
-            trained = chunks.fit(
-                model, TokenRows(task, tokens if soft is None else numbered(tokens)), loss, posterior,
-                lambda some: start(model, base, some), settings_of(options, seeds), options.at_once,
-                energy=energy, save=save, watch=watch,
-            )  # fmt: skip
-        state = ask.fit(posterior, learned(trained, len(seeds)), energy, generator(options.seed, 6))
+    if soft is None:
+        data, within = TokenRows(task, tokens), writing(model, lambda head: row_nll(head, per_row))
+    else:
+        data = TokenRows(task, numbered(tokens))
+        within = writing(model, lambda head: soft_nll(head, soft, per_row))
+    done = learn(
+        model, base, data, within, posterior, options, energy,
+        about={"base": print_, "rows": rows, "soft": soft is not None}, checkpoint=checkpoint, watch=watch,
+    )  # fmt: skip
     card = card_of(options, model, posterior, print_, task.max_length)
-    return FittedLanguage(model, task, posterior, state, card, tokens, trained, dict(cost))
+    return FittedLanguage(model, task, posterior, done.state, card, tokens, done.trained, done.cost)

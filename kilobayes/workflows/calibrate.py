@@ -14,6 +14,7 @@ from kilobayes.energy import ModelEnergy
 from kilobayes.errors import KilobayesError
 from kilobayes.metrics.cost import measure
 from kilobayes.models import load_base
+from kilobayes.options import Options
 from kilobayes.posteriors import Point, Temperature, ask
 from kilobayes.posteriors.wrapping import Wrapping
 from kilobayes.random import generator
@@ -21,7 +22,7 @@ from kilobayes.tasks.classify import Classify
 from kilobayes.tasks.data import Examples, load_examples
 from kilobayes.tree import map_params, size
 from kilobayes.types import Params, Posterior, Progress
-from kilobayes.workflows.attach import device_of
+from kilobayes.workflows.attach import card_of, device_of
 from kilobayes.workflows.calibration_rows import HELD, Rows, Sources, notes_on, place, read_rows
 from kilobayes.workflows.data import load_as_trained, reads
 from kilobayes.workflows.finetune import Fitted, fingerprint_of, load
@@ -149,20 +150,10 @@ def _lora(
     print_ = fingerprint_of(base)
     adapted = hosted(known, base)
     longest = min(max_length or LENGTH, base.longest or LENGTH)
-    card = store.Card(
-        posterior=repr(Point()),
-        adapter=repr(host.method(adapted)),
-        base=known.base,
-        fingerprint=print_,
-        classes=names,
-        max_length=longest,
-        samples=10,
-        seed=seed,
-        target_modules=[site.name for site in host.sites(adapted)],
-        dtype=dtype,
-        paired=rows.calibration.pairs is not None,
-        label_kind="int" if names == [str(i) for i in range(len(names))] else "str",
-    )
+    options = Options(model=known.base, dtype=dtype, seed=seed)
+    about = {"classes": names, "paired": rows.calibration.pairs is not None}
+    about["label_kind"] = "int" if names == [str(i) for i in range(len(names))] else "str"
+    card = card_of(options, adapted, Point(), print_, longest, **about)
     state = ended(Point(), host.read(adapted), len(rows.calibration))
     return Fitted(adapted, Classify(base.tokenizer, tuple(names), longest), Point(), state, card), rows
 

@@ -28,7 +28,8 @@ from kilobayes.options import Options
 from kilobayes.run_yaml import read_yaml, write_yaml
 from kilobayes.tasks.split import stratified_holdout
 from kilobayes.workflows.evaluate import command, versions
-from kilobayes.workflows.finetune import Fitted, Watch, fit_examples, load
+from kilobayes.workflows.finetune import Fitted, fit_examples, load
+from kilobayes.workflows.learn import Watch
 from kilobayes.workflows.transfer_inputs import TRAINING, Making, check_source, maker, read
 
 CLASSES = ["synthetic", "real"]

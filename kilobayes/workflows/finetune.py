@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kilobayes import host, spec, store, train
-from kilobayes.checkpoint import Checkpoint
 from kilobayes.energy import ModelEnergy, predict
 from kilobayes.errors import KilobayesError
 from kilobayes.files import digest
 from kilobayes.metrics.conformal import Calibration, missing
-from kilobayes.metrics.cost import measure
 from kilobayes.models import Base, fingerprint
-from kilobayes.modes import recomputing
-from kilobayes.optim import AdamW
 from kilobayes.options import Options
-from kilobayes.posteriors import ask
 from kilobayes.predict import Predictive, Rows, class_nll
 from kilobayes.random import generator
 from kilobayes.tasks.classify import Encoded
 from kilobayes.tasks.data import Examples
 from kilobayes.tasks.protocol import Task
-from kilobayes.tree import state_member
-from kilobayes.types import Posterior, Progress
-from kilobayes.workflows import chunks, conformal
-from kilobayes.workflows.attach import attach, card_of, device_of, member_seeds, start
+from kilobayes.types import Posterior
+from kilobayes.workflows import conformal
+from kilobayes.workflows.attach import attach, card_of, device_of
 from kilobayes.workflows.kinds import kind_of
-
-Watch = Callable[[Progress, Tensor], None]
+from kilobayes.workflows.learn import Watch, check_calibration, choosing, learn
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,20 +108,6 @@ class Fitted:
         return self.calibration
 
 
-def settings_of(options: Options, seeds: list[int]) -> train.Settings:
-    return train.Settings(
-        lr=options.lr,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        accumulate=options.accumulate,
-        seeds=tuple(seeds),
-        warmup=options.warmup,
-        optimiser=AdamW(weight_decay=options.weight_decay, clip=options.clip),
-        autocast=options.autocast,
-        max_seconds=60 * options.max_minutes,
-    )
-
-
 def fit_examples(
     options: Options,
     examples: Examples,
@@ -150,56 +126,24 @@ def fit_examples(
         KilobayesError: as everything it calls; a posterior that needs calibration rows and gets none.
     """
     posterior = spec.posterior(options.posterior)
-    if ask.needs_calibration(posterior) and not calibration:
-        raise KilobayesError(
-            f"{options.posterior} needs rows to calibrate on", "none", "as in --calibration 0.2"
-        )
+    check_calibration(posterior, options, calibration)
     kind = kind_of(options.task)
     base = kind.load(options.model, examples.classes, options.dtype, device_of(options.device))
     print_ = fingerprint_of(base)
     model = attach(base, options)
     longest = min(options.max_length, base.longest or options.max_length)
     task = kind.make(base, examples.classes, longest, examples.prompt)
-    seeds = member_seeds(options.seed, ask.members(posterior))
     encoded = task.encode(examples)
-    save = None
-    if checkpoint is not None:
-        identity = options.identity() | {"base": print_, "rows": digest_of(examples)}
-        save = Checkpoint(checkpoint, identity, resume=options.resume)
     held = task.encode(calibration) if calibration else encoded
     energy = ModelEnergy(model, task, held, trained=encoded)
-    with measure() as cost:
-        with ExitStack() as stack:
-            stack.enter_context(host.packed(model))
-            stack.enter_context(host.read_token(model))
-            stack.enter_context(host.real_tokens(model))
-            stack.enter_context(task.within(model))
-            stack.enter_context(recomputing(model, options.gradient_checkpointing))
-            trained = chunks.fit(
-                model,
-                Rows(task, encoded),
-                class_nll(task),
-                posterior,
-                lambda some: start(model, base, some),
-                settings_of(options, seeds),
-                options.at_once,
-                energy=energy,
-                save=save,
-                watch=watch,
-            )
-        # predicts as any prediction does, so it brings its own contexts
-        state = ask.fit(posterior, learned(trained, len(seeds)), energy, generator(options.seed, 6))
+    within = choosing(model, task, class_nll(task))
+    done = learn(
+        model, base, Rows(task, encoded), within, posterior, options, energy,
+        about={"base": print_, "rows": digest_of(examples)}, checkpoint=checkpoint, watch=watch,
+    )  # fmt: skip
     about = {"classes": list(examples.classes), "paired": examples.pairs is not None}
     card = card_of(options, model, posterior, print_, task.max_length, **about, **store.put(examples.prompt))
-    numbers = sum(v[0].numel() for v in host.read(model).values())
-    cost = dict(cost) | {"trained_bytes": 4.0 * numbers * len(seeds)}
-    return Fitted(model, task, posterior, state, card, encoded.truncated, trained, cost)
-
-
-def learned(trained: train.Trained, members: int) -> Any:
-    """The state without members that blew up: they are not pooled with those that learned."""
-    kept = [member for member in range(members) if member not in trained.diverged]
-    return trained.state if len(kept) == members else state_member(trained.state, torch.tensor(kept))
+    return Fitted(model, task, posterior, done.state, card, encoded.truncated, done.trained, done.cost)
 
 
 def fingerprint_of(base: Base) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from kilobayes import host, spec, store, train
-from kilobayes.checkpoint import Checkpoint
 from kilobayes.errors import KilobayesError
 from kilobayes.files import digest
 from kilobayes.host.vocabulary import HiddenHead, check_output, hidden_states
 from kilobayes.lm.energy import LanguageEnergy
 from kilobayes.lm.predict import token_scores
-from kilobayes.metrics.cost import measure
 from kilobayes.metrics.language import TokenScores
 from kilobayes.models import fingerprint, load_causal
-from kilobayes.modes import recomputing
 from kilobayes.options import Options
 from kilobayes.posteriors import ask
 from kilobayes.random import generator
@@ -30,10 +25,9 @@ from kilobayes.step import Nll
 from kilobayes.tasks.lm import Language, TokenRows
 from kilobayes.tasks.packing import Tokens, collate, pack
 from kilobayes.tasks.text import Documents
-from kilobayes.types import Posterior, Progress
-from kilobayes.workflows import chunks
-from kilobayes.workflows.attach import attach, card_of, device_of, member_seeds, start
-from kilobayes.workflows.finetune import learned, settings_of
+from kilobayes.types import Posterior
+from kilobayes.workflows.attach import attach, card_of, device_of
+from kilobayes.workflows.learn import Watch, check_calibration, learn, writing
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,15 +79,16 @@ def sampling(posterior: Posterior) -> Posterior:
     return dataclasses.replace(made, linearised=False) if getattr(made, "linearised", False) else made
 
 
-def row_nll(head: HiddenHead, per_row: float) -> Nll:
+def row_nll(head: HiddenHead, per_row: float | Tensor) -> Nll:
     """The loop's loss: labels ``(S, B T)`` to rows' sums over learned tokens, over ``per_row``: ``(S, B)``.
 
     Args:
-        per_row: mean number of learned tokens of a training row.
+        per_row: mean number of learned tokens of a training row; ``(S, 1)`` where members have others.
     """
 
     def nll(output: Any, labels: Tensor) -> Tensor:
-        return head.row_nll(labels).reshape(len(labels), -1) / per_row
+        found = head.row_nll(labels).reshape(len(labels), -1)
+        return found / (per_row.to(found) if isinstance(per_row, Tensor) else per_row)
 
     return nll
 
@@ -104,7 +99,7 @@ def fit_documents(
     calibration: Documents | None,
     *,
     checkpoint: Path | None = None,
-    watch: Callable[[Progress, Tensor], None] | None = None,
+    watch: Watch | None = None,
 ) -> FittedLanguage:
     """Fine-tune on documents and fit the posterior.
 
@@ -117,10 +112,7 @@ def fit_documents(
             be packed for a model that cannot keep them apart.
     """
     posterior = sampling(spec.posterior(options.posterior))
-    if ask.needs_calibration(posterior) and not calibration:
-        raise KilobayesError(
-            f"{options.posterior} needs rows to calibrate on", "none", "as in --calibration 0.2"
-        )
+    check_calibration(posterior, options, calibration)
     base = load_causal(options.model, dtype=options.dtype, device=device_of(options.device))
     print_ = fingerprint(base.model)
     task = Language(base.tokenizer, min(options.max_length, base.longest or options.max_length))
@@ -130,36 +122,15 @@ def fit_documents(
     if tokens.packed:
         check_packing(base.model, task)
     model = attach(base, options)
-    seeds = member_seeds(options.seed, ask.members(posterior))
-    save = None
-    if checkpoint is not None:
-        identity = options.identity() | {"base": print_, "rows": digest(map(repr, documents.rows))}
-        save = Checkpoint(checkpoint, identity, resume=options.resume)
     held = task.encode(calibration) if calibration else tokens
     energy = LanguageEnergy(model, task, held, trained=tokens, per_row=tokens.mean_counted)
-    with measure() as cost:
-        with ExitStack() as stack:
-            stack.enter_context(host.packed(model))
-            stack.enter_context(host.real_tokens(model))
-            head = stack.enter_context(hidden_states(model))
-            stack.enter_context(recomputing(model, options.gradient_checkpointing))
-            trained = chunks.fit(
-                model,
-                TokenRows(task, tokens),
-                row_nll(head, tokens.mean_counted),
-                posterior,
-                lambda some: start(model, base, some),
-                settings_of(options, seeds),
-                options.at_once,
-                energy=energy,
-                save=save,
-                watch=watch,
-            )
-        state = ask.fit(posterior, learned(trained, len(seeds)), energy, generator(options.seed, 6))
+    within = writing(model, lambda head: row_nll(head, tokens.mean_counted))
+    done = learn(
+        model, base, TokenRows(task, tokens), within, posterior, options, energy,
+        about={"base": print_, "rows": digest(map(repr, documents.rows))}, checkpoint=checkpoint, watch=watch,
+    )  # fmt: skip
     card = card_of(options, model, posterior, print_, task.max_length)
-    numbers = sum(v[0].numel() for v in host.read(model).values())
-    cost = dict(cost) | {"trained_bytes": 4.0 * numbers * len(seeds)}
-    return FittedLanguage(model, task, posterior, state, card, tokens, trained, cost)
+    return FittedLanguage(model, task, posterior, done.state, card, tokens, done.trained, done.cost)
 
 
 @torch.no_grad()

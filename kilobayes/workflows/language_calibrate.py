@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kilobayes import host, spec, store
+from kilobayes import host, spec
 from kilobayes.errors import KilobayesError
 from kilobayes.files import write_text_atomically
 from kilobayes.host.vocabulary import check_output
@@ -18,12 +18,13 @@ from kilobayes.metrics import Interval
 from kilobayes.metrics.cost import measure
 from kilobayes.metrics.texts import TextEvaluation
 from kilobayes.models import fingerprint, load_causal
+from kilobayes.options import Options
 from kilobayes.posteriors import Point, ask
 from kilobayes.random import generator
 from kilobayes.tasks.lm import Language
 from kilobayes.tasks.text import Documents, load_documents, splits
 from kilobayes.workflows import language_evaluate as evaluation
-from kilobayes.workflows.attach import device_of
+from kilobayes.workflows.attach import card_of, device_of
 from kilobayes.workflows.calibrate import check, chosen, ended, start
 from kilobayes.workflows.calibration_rows import HELD, Sources, place
 from kilobayes.workflows.calibration_run import shown, write_model
@@ -164,19 +165,8 @@ def _lora(
     task = Language(base.tokenizer, longest)
     check_output(base.model, torch.tensor([[task.start]], device=next(base.model.parameters()).device))
     adapted = hosted(known, base)
-    card = store.Card(
-        posterior=repr(Point()),
-        adapter=repr(host.method(adapted)),
-        base=known.base,
-        fingerprint=print_,
-        classes=[],
-        max_length=longest,
-        samples=10,
-        seed=seed,
-        target_modules=[site.name for site in host.sites(adapted)],
-        dtype=dtype,
-        task="lm",
-    )
+    options = Options(model=known.base, dtype=dtype, seed=seed, task="lm")
+    card = card_of(options, adapted, Point(), print_, longest)
     return FittedLanguage(adapted, task, Point(), ended(Point(), host.read(adapted), 1), card)
 
 

@@ -10,19 +10,18 @@ from typing import Any
 import yaml
 
 from kilobayes import spec
-from kilobayes.errors import KilobayesError
 from kilobayes.files import write_text_atomically
 from kilobayes.metrics import Evaluation, Interval
 from kilobayes.model_files import model_folder
 from kilobayes.options import Options
-from kilobayes.posteriors import ask
 from kilobayes.tasks.data import Examples
 from kilobayes.tasks.prompt import CHOICES
 from kilobayes.workflows import conformal, frame
 from kilobayes.workflows import evaluate as evaluation
 from kilobayes.workflows.data import Splits, load_splits
-from kilobayes.workflows.finetune import Fitted, Watch, fit_examples
+from kilobayes.workflows.finetune import Fitted, fit_examples
 from kilobayes.workflows.folder import CHECKPOINT, Log, place
+from kilobayes.workflows.learn import Watch, check_calibration
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,15 +54,12 @@ def train(
         KilobayesError: as everything it calls; a folder that holds another run, or this one finished.
     """
     spec.adapter(options.adapter)
-    needed = ask.needs_calibration(spec.posterior(options.posterior))
+    posterior = spec.posterior(options.posterior)
     options = place(options)
     folder = Path(options.out)
     splits = load_splits(options, source)
     model_folder(options.model)
-    if needed and splits.calibration is None:
-        raise KilobayesError(
-            f"{options.posterior} needs rows to calibrate on", "none", "as in --calibration 0.2"
-        )
+    check_calibration(posterior, options, splits.calibration)
     say(_card(options, splits))
     frame.begin(folder, options)
 
