@@ -41,6 +41,7 @@ SAME = {"kinds": "-"}  # the oracle is told shares, not words
 ARMS: dict[str, dict[str, Any]] = {
     "alone": {"scheme": "local"},
     "FedAvg": {"scheme": "fedavg"},
+    "FedAvg, leaves": {"scheme": "fedavg", "average": "leaves"},  # of one common start
     "FedAvg, factors": {"scheme": "fedavg", "average": "leaves"},  # as published: every user another A
     "oracle": {"scheme": "oracle"} | SAME,
     "weights": {"scheme": "weights"},
@@ -225,7 +226,7 @@ def main(given: list[str] | None = None) -> None:
     p.add_argument("--cache", type=Path, default=Path("runs/collaboration"))
     p.add_argument("--only", help=f"settings, separated by commas: {', '.join(SETTINGS)}")
     p.add_argument("--arms", help="separated by semicolons; all if left out")
-    p.add_argument("--rates", default="1e-3,3e-3,1e-2")
+    p.add_argument("--rates", default="3e-3,1e-2,3e-2")
     p.add_argument("--factors", default="1,0.2", help="of the schemes' own temperatures")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--users", type=int, default=8)

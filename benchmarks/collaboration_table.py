@@ -36,7 +36,8 @@ first of {seeds} seeds; so is a scheme's temperature, of {factors} times its own
 NLL is in nats a row (ag_news) or a token, the mean over users; ± is half of a 95% t-interval over seeds, of the mean, or of the
 difference to users who train alone, paired by seed. *Better off* are users whose NLL, averaged over seeds, is below theirs alone.
 *Trust* is what a user takes, in the last round, of itself, of others of its kind, and of the rest. Kilobytes are of one user in all
-rounds. "FedAvg, factors" averages LoRA's A and B apart and starts every user from an A of its own, as published code does.
+rounds. "FedAvg, leaves" averages LoRA's A and B apart, of users with one start; "FedAvg, factors" the same of users who start from
+an A of their own each, as published code does.
 
 ```console
 $ python benchmarks/collaboration_study.py --data DATA --models MODELS --cache runs/collaboration
@@ -111,9 +112,33 @@ def table(cache: Path, out: Path) -> None:
             arm: {"rate": f["rate"], "runs": f["runs"]} for arm, f in arms.items()
         }
     lines += ["", "![differences to users alone](collaboration.svg)"]
+    lines += ["", "The last W of three schemes, averaged over seeds: row u is what user u takes from each.", "",
+              "![whom users trust](collaboration_trust.svg)"]  # fmt: skip
     write_json(out / "collaboration.json", kept)
     write_text_atomically(out / "collaboration.md", "\n".join(lines) + "\n")
     chart(every, out / "collaboration.svg")
+    trusting(every, {name: f["users"] for name, f in facts.items()}, out / "collaboration_trust.svg")
+
+
+def trusting(every: dict[str, dict[str, Any]], users: dict[str, list[str]], path: Path) -> None:
+    """W of every setting and scheme."""
+    schemes = ("weights", "predictions", "validation")
+    figure, grid = plt.subplots(len(every), 3, figsize=(8.4, 2.7 * len(every)), squeeze=False)
+    for line, (name, arms) in zip(grid, every.items()):
+        short = [user.replace("_stories", "").replace("_and_wiki_sample", "") for user in users[name]]
+        for axes, scheme in zip(line, schemes):
+            if scheme not in arms:
+                axes.axis("off")
+                continue
+            w = np.mean([run["W"] for run in arms[scheme]["runs"]], axis=0)
+            shown = axes.imshow(w, cmap="Blues", vmin=0.0, vmax=1.0)
+            axes.set_xticks([])
+            axes.set_yticks(range(len(w)), short if axes is line[0] else [""] * len(w), fontsize=7)
+            axes.set_title(f"{name}: {scheme}", fontsize=9)
+    figure.tight_layout()
+    figure.colorbar(shown, ax=grid, shrink=0.5)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 def chart(every: dict[str, dict[str, Any]], path: Path) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from kilobayes.errors import KilobayesError
 
 HOW = ("updates", "canonical", "factors")
-LARGEST_CONDITION = 1e4  # of the change from canonical factors to one's own
+LARGEST_CONDITION = 1e4  # of one's own A, whose inverse B' holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,26 +115,37 @@ def average(
 
 @torch.no_grad()
 def towards(A: Tensor, B: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The same update in factors whose A is as near as it can be to one's own A ``(S, r, d_in)``.
+    r"""The same update in factors whose A is one's own A ``(S, r, d_in)``, turned to where the update reads.
 
     With Q an orthonormal basis of the row space of A, filled up by that of one's own A where the update has
-    a lower rank: :math:`A' = A_{own} Q Q^\top`, :math:`B' = B A Q (A_{own} Q)^{-1}`. An optimiser goes on
-    from there, whose moments belong to one's own factors, and no direction is dead, as those of a singular
-    value of zero are in canonical factors. A member whose own A hardly meets the row space stays canonical.
+    a lower rank, and the polar decompositions :math:`A_{own} = P O` and :math:`O Q = W H`,
+
+    .. math:: A' = P W Q^\top, \qquad B' = B A Q W^\top P^{-1}.
+
+    Of all A' with these rows and the Gram matrix :math:`A' A'^\top = A_{own} A_{own}^\top`, it turns O least,
+    and is one's own where the row spaces agree. An optimiser goes on from there, whose moments belong to
+    one's own factors: no direction is dead, as those of a singular value of zero are in canonical factors,
+    and B' is at most the update's norm over the least singular value of one's own A. (The nearest A' of any
+    Gram matrix, :math:`A_{own} Q Q^\top`, is nearly singular where one's own A hardly meets the row space;
+    B' then grows from average to average until training breaks down.) A member whose own A is singular gets
+    canonical factors.
     """
     a, b = canonical(A.double(), B.double())
-    mine = own.double()
     size = a.norm(dim=2, keepdim=True)
     # canonical rows are orthogonal; those of singular values beyond rounding are no directions of the update
     rows = torch.where(size > 1e-3 * size.amax(dim=1, keepdim=True), a / size.clamp(min=1e-300), 0.0)
+    mine = own.double()
     rest = mine - mine @ rows.mT @ rows
     rest = 1e-3 * rest / rest.flatten(1).norm(dim=1).clamp(min=1e-300)[:, None, None]
     basis = torch.linalg.svd(torch.cat([rows, rest], dim=1), full_matrices=False).Vh[:, : A.shape[1]]
-    middle = mine @ basis.mT
-    fine = (torch.linalg.cond(middle) < LARGEST_CONDITION)[:, None, None]
-    middle = torch.where(fine, middle, torch.eye(A.shape[1], dtype=torch.float64, device=A.device))
-    turned = torch.linalg.solve(middle, b @ (a @ basis.mT), left=False)
-    return torch.where(fine, middle @ basis, a).to(A), torch.where(fine, turned, b).to(B)
+    u, values, vt = torch.linalg.svd(mine, full_matrices=False)
+    fine = (values[:, -1] * LARGEST_CONDITION > values[:, 0])[:, None, None]
+    left, _, right = torch.linalg.svd(u @ vt @ basis.mT)
+    turn = left @ right
+    root = (u * values[:, None]) @ u.mT
+    inverse = (u / values.clamp(min=1e-300)[:, None]) @ u.mT
+    turned = b @ (a @ basis.mT) @ turn.mT @ inverse
+    return torch.where(fine, root @ turn @ basis, a).to(A), torch.where(fine, turned, b).to(B)
 
 
 def concatenated(A: Tensor, B: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

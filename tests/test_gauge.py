@@ -131,7 +131,7 @@ def test_what_is_refused() -> None:
         gauge.average(a, b, torch.ones(1, 3), rank=0)
 
 
-def test_factors_nearest_to_one_s_own_hold_the_same_update() -> None:
+def test_factors_turned_from_one_s_own_hold_the_same_update() -> None:
     gen = torch.Generator().manual_seed(12)
     own = torch.randn(2, 3, 10, generator=gen)
     b = torch.randn(2, 8, 3, generator=gen)
@@ -140,8 +140,41 @@ def test_factors_nearest_to_one_s_own_hold_the_same_update() -> None:
     torch.testing.assert_close(a_back, own, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(b_back, b, rtol=1e-3, atol=1e-3)
     apart = torch.zeros(2, 3, 10)
-    apart[:, :, 7:] = torch.eye(3)  # rows that one's own A never meets: canonical factors stay
+    apart[:, :, 7:] = torch.eye(3)  # rows that one's own A never meets
     own[:, :, 7:] = 0.0
     a_far, b_far = gauge.towards(apart, b, own)
     torch.testing.assert_close(b_far @ a_far, b @ apart, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(a_far, gauge.canonical(apart, b)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(a_far @ a_far.mT, own @ own.mT, rtol=1e-4, atol=1e-4)
+    singular = own.clone()
+    singular[:, 1] = singular[:, 0]  # nothing to turn: canonical factors
+    a_none, b_none = gauge.towards(apart, b, singular)
+    torch.testing.assert_close(a_none, gauge.canonical(apart, b)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(b_none @ a_none, b @ apart, rtol=1e-4, atol=1e-4)
+
+
+def test_no_turn_of_the_same_gram_matrix_is_smaller() -> None:
+    """Against many other turns within the rows of the update, where one's own A has orthonormal rows."""
+    gen = torch.Generator().manual_seed(14)
+    own = torch.linalg.qr(torch.randn(10, 3, generator=gen)).Q.mT[None]
+    a, b = own + 0.5 * torch.randn(1, 3, 10, generator=gen), torch.randn(1, 8, 3, generator=gen)
+    found, _ = gauge.towards(a, b, own)
+    turns = torch.linalg.qr(torch.randn(500, 3, 3, generator=gen)).Q
+    small = torch.linalg.qr(torch.eye(3) + 0.1 * torch.randn(500, 3, 3, generator=gen)).Q
+    small = small * torch.linalg.diagonal(small).sign()[:, None]  # near the identity
+    others = (torch.cat([turns, small]) @ found - own).flatten(1).norm(dim=1)
+    assert float((found - own).norm()) <= float(others.min()) + 1e-5
+
+
+def test_factors_stay_sound_over_many_averages() -> None:
+    """Users whose updates have nothing in common, averaged and averaged again as they go on."""
+    gen = torch.Generator().manual_seed(13)
+    a, b = torch.randn(4, 2, 30, generator=gen), torch.randn(4, 20, 2, generator=gen)
+    spread = torch.linalg.cond(a).max()
+    weights = torch.full((4, 4), 0.25)
+    for _ in range(20):
+        mixed = gauge.average(a, b, weights, rank=2)
+        most = gauge.norm(mixed.A, mixed.B) / torch.linalg.svdvals(a)[:, -1]
+        a, b = gauge.towards(mixed.A, mixed.B, a)
+        assert float(torch.linalg.cond(a).max()) < 1.01 * float(spread)
+        assert bool((b.flatten(1).norm(dim=1) <= 1.001 * most).all())
+        b = b + torch.randn(4, 20, 2, generator=gen) / 3  # what each learns until the next
