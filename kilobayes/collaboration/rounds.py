@@ -107,7 +107,8 @@ def by_user(theta: Params, names: Sequence[str], alive: Sequence[bool]) -> dict[
 def mix(model: nn.Module, theta: Params, weights: Tensor, how: str = "auto") -> updates.Mixed:
     """Everybody's next update ``(U, ...)`` from all updates ``(U, ...)`` and trust ``(U, U)``.
 
-    An average of LoRA's updates comes back in factors turned from each user's own (:func:`kilobayes.gauge.towards`).
+    An average of LoRA's updates comes back in factors turned from each user's own, as
+    :func:`kilobayes.gauge.towards` has it.
 
     Args:
         model: hosts the adapter; its own leaves do not matter.
