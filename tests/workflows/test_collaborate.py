@@ -17,7 +17,9 @@ from kilobayes.errors import KilobayesError
 from kilobayes.options import Options
 from kilobayes.workflows import users
 from kilobayes.workflows.collaborate import collaborate
-from tests import small, small_lm
+from kilobayes.workflows.data import reads
+from kilobayes.workflows.finetune import load
+from tests import small, small_choice, small_lm
 
 TWIST = {"warm": "cold", "cold": "fresh", "fresh": "warm"}  # another meaning of the same words
 
@@ -141,6 +143,26 @@ def test_users_who_write_from_the_command_line(tmp_path: Path, capsys: pytest.Ca
         run(["collaborate", str(out / "collaborate.yaml"), "--out", str(tmp_path / "again"), "--json"]) == 0
     )
     assert finished(out) == finished(tmp_path / "again")
+
+
+@pytest.mark.parametrize("kind", ["decoders that choose", "sparse rows"])
+def test_figures_are_those_of_the_runs_that_users_get(tmp_path: Path, kind: str) -> None:
+    """Also of rows that are scored by options, and of averages that are denser than what is kept of them."""
+    folder, rows = tmp_path / "people", small_choice.questions if kind.startswith("dec") else small.rows
+    for seed, name in enumerate("ab"):
+        for split, count in (("train", 60), ("test", 20)):
+            small.write(folder / name / f"{split}.jsonl", rows(count, 2 * seed + (split == "test")))
+    if kind.startswith("dec"):
+        given: dict[str, Any] = {"model": small_choice.base(), "task": "choice", "adapter": "LoRA(r=2)"}
+    else:
+        given = {"model": small.base(), "adapter": "RoseLoRA(r=2, keep=0.2, end=0.5)", "average": "leaves"}
+    given |= {"steps": 6, "warmup_steps": 2, "every": 2, "scheme": "validation", "lr": 0.02}
+    done = kb.collaborate(folder, tmp_path / "out", posterior="Point()", device="cpu", **given)
+    for name, figures in zip("ab", done.figures, strict=True):
+        own = load(tmp_path / "out" / "users" / name)
+        table = reads(own.card)(folder / name, "test", classes=own.card.classes)
+        probs, labels = own.predict(table).probs.numpy(), np.array(table.labels)
+        assert figures["nll"] == pytest.approx(-np.log(probs[np.arange(len(labels)), labels]).mean(), 1e-4)
 
 
 def test_in_python(tmp_path: Path) -> None:
