@@ -21,6 +21,7 @@ from kilobayes.workflows import language_evaluate as evaluation
 from kilobayes.workflows.evaluate import metadata
 from kilobayes.workflows.folder import CHECKPOINT, Log, place
 from kilobayes.workflows.language import FittedLanguage, fit_documents
+from kilobayes.workflows.learn import check_calibration
 from kilobayes.workflows.texts import Texts, load_texts
 
 LABELS = {
@@ -60,11 +61,12 @@ def train(
         KilobayesError: as everything it calls; a folder that holds another run, or this one finished.
     """
     spec.adapter(options.adapter)
-    spec.posterior(options.posterior)
+    posterior = spec.posterior(options.posterior)
     options = place(options)
     folder = Path(options.out)
     texts = load_texts(options, source)
     model_folder(options.model)
+    check_calibration(posterior, options, texts.calibration)
     say(f"model {options.model}, adapter {options.adapter}, posterior {options.posterior}")
     say(f"data  {options.data or 'in memory'}: {len(texts.train)} rows to train on; run {folder}")
     frame.begin(folder, options)

@@ -150,7 +150,8 @@ def test_answers_alone_are_learned_from_pairs(tmp_path: Path) -> None:
 def test_bad_input_is_refused(tmp_path: Path) -> None:
     data(tmp_path)
     with pytest.raises(KilobayesError, match="needs rows to calibrate on"):
-        train(options(tmp_path, posterior="Temperature()", calibration="0"))
+        train(options(tmp_path, posterior="Temperature()", calibration="0", out=str(tmp_path / "none")))
+    assert not (tmp_path / "none").exists()
     with pytest.raises(KilobayesError, match="no data is named"):
         train(options(tmp_path, data=""))
     adapted = options(tmp_path, posterior="Point()", target_modules="lm_head")
