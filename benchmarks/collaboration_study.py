@@ -226,7 +226,7 @@ def main(given: list[str] | None = None) -> None:
     p.add_argument("--cache", type=Path, default=Path("runs/collaboration"))
     p.add_argument("--only", help=f"settings, separated by commas: {', '.join(SETTINGS)}")
     p.add_argument("--arms", help="separated by semicolons; all if left out")
-    p.add_argument("--rates", default="3e-3,1e-2,3e-2")
+    p.add_argument("--rates", default="3e-3,1e-2,3e-2,1e-1")
     p.add_argument("--factors", default="1,0.2", help="of the schemes' own temperatures")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--users", type=int, default=8)
