@@ -123,7 +123,8 @@ def table(cache: Path, out: Path) -> None:
 def trusting(every: dict[str, dict[str, Any]], users: dict[str, list[str]], path: Path) -> None:
     """W of every setting and scheme."""
     schemes = ("weights", "predictions", "validation")
-    figure, grid = plt.subplots(len(every), 3, figsize=(8.4, 2.7 * len(every)), squeeze=False)
+    size = (7.2, 2.1 * len(every))
+    figure, grid = plt.subplots(len(every), 3, figsize=size, squeeze=False, layout="constrained")
     for line, (name, arms) in zip(grid, every.items()):
         short = [user.replace("_stories", "").replace("_and_wiki_sample", "") for user in users[name]]
         for axes, scheme in zip(line, schemes):
@@ -133,10 +134,10 @@ def trusting(every: dict[str, dict[str, Any]], users: dict[str, list[str]], path
             w = np.mean([run["W"] for run in arms[scheme]["runs"]], axis=0)
             shown = axes.imshow(w, cmap="Blues", vmin=0.0, vmax=1.0)
             axes.set_xticks([])
+            axes.tick_params(length=0)
             axes.set_yticks(range(len(w)), short if axes is line[0] else [""] * len(w), fontsize=7)
             axes.set_title(f"{name}: {scheme}", fontsize=9)
-    figure.tight_layout()
-    figure.colorbar(shown, ax=grid, shrink=0.5)
+    figure.colorbar(shown, ax=grid, shrink=0.4)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
