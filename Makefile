@@ -35,7 +35,7 @@ types: $(VENV)/test.stamp ## check types
 
 # one thread a worker: with more they wait for each other
 pytest: $(VENV)/test.stamp ## run the tests alone
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope $(TESTS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=15 -n $(WORKERS) --dist loadscope $(TESTS)
 
 bench: $(VENV)/test.stamp ## run the benchmarks that take --quick
 	@set -e; for file in $$(grep -ls -e '"--quick"' benchmarks/*.py); do \
