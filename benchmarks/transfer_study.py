@@ -3,7 +3,7 @@
     python benchmarks/transfer_study.py --data DATA --models MODELS --cache runs/transfer
     python benchmarks/transfer_table.py runs/transfer docs/results
 
-trec and sst2: LoRA under SWAG on MiniLM to VB-LoRA and LoRA-XS on a base of four blocks (transfer_base.py);
+trec and sst2: LoRA under SWAG on MiniLM to VB-LoRA and LoRA-XS on a base of fewer blocks (transfer_base.py);
 fairytale_stories: LoRA on stories260K to LoRA on TinyStories-656K, whose tokenizer differs (transfer_stories.py).
 One small file of the cache for each input set and student; may be killed and run again. Every arm takes the rate of
 its lowest NLL on real validation rows with the first seed: more than somebody without the data can do, the same
@@ -63,15 +63,15 @@ class Study:
             a.data / name, split, classes=everything.classes, limit=a.scored, seed=0, **column
         )
         self.pool = unlabelled(a.data, name, a.pool)
-        self.small = a.cache / "minilm-4"
+        self.small = a.cache / f"minilm-{a.blocks}"
         apart = ("data", "models", "cache", "only", "quick")
         facts = {k: v for k, v in vars(a).items() if k not in apart}
         facts |= {"pool": len(self.pool), "test": len(self.test), "classes": self.train.classes}
         if kept(self.folder / "facts.json", lambda: facts) != json.loads(json.dumps(facts)):
             raise SystemExit(f"{self.folder} is of other settings; name another --cache")
         if not (self.small / "config.json").exists():
-            near = shrink(texts(a.data, a.pool // 4), self.small, epochs=2)
-            print(f"minilm-4: mean cosine {near:.3f}", flush=True)
+            near = shrink(texts(a.data, a.pool // 4), self.small, a.blocks)
+            print(f"{self.small.name}: mean cosine {near:.3f}", flush=True)
 
     def source(self, seed: int) -> Path:
         """The source run, LoRA under SWAG on MiniLM, and its discriminator."""
@@ -208,9 +208,10 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--rows", type=int, default=250, help="real rows, validation rows, and inputs made")
     p.add_argument("--pool", type=int, default=16000, help="unlabelled texts")
+    p.add_argument("--blocks", type=int, default=5, help="of MiniLM's six that the target base keeps")
     p.add_argument("--scored", type=int, default=300, help="test rows")
     p.add_argument("--epochs", type=int, default=8)
-    p.add_argument("--rates", default="4e-3,1.6e-2")
+    p.add_argument("--rates", default="1e-3,4e-3,1.6e-2")
     p.add_argument(
         "--documents", type=int, default=128, help="stories to train on, and texts that are written"
     )

@@ -152,7 +152,7 @@ def _about(name: str, facts: dict[str, Any]) -> str:
             f"{facts['length']} tokens each at most; {facts['scored']} test texts."
         )
     return (
-        f"LoRA of rank 8 under SWAG on MiniLM, trained on {facts['rows']} rows, to a base of four blocks; {facts['rows']} "
+        f"LoRA of rank 8 under SWAG on MiniLM, trained on {facts['rows']} rows, to a base of {facts['blocks']} of its six blocks; {facts['rows']} "
         f"inputs, from {facts['pool']:,} unlabelled texts of other data sets; {facts['test']} test rows, "
         f"{len(facts['classes'])} classes, {facts['epochs']} epochs."
     )
