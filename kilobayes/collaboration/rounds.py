@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from kilobayes import gauge, host, tree
-from kilobayes.adapters import LoRA
 from kilobayes.collaboration import updates
 from kilobayes.errors import KilobayesError
 from kilobayes.types import Params
@@ -121,7 +120,7 @@ def mix(model: nn.Module, theta: Params, weights: Tensor, how: str = "auto") -> 
     device = next(model.parameters()).device
     found = updates.average(model, {k: v.to(device) for k, v in tree.plain(theta).items()}, weights, how=how)
     out = {key: value.cpu() for key, value in found.theta.items()}
-    if found.how == "updates" and isinstance(host.method(model), LoRA):
+    if found.how == "updates":  # LoRA's alone
         for key in [k for k in out if k.endswith("/A")]:
             other = f"{key[:-2]}/B"
             out[key], out[other] = gauge.towards(out[key], out[other], theta[key])
