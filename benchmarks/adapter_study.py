@@ -40,6 +40,7 @@ from kilobayes.tasks.split import stratified_holdout
 from kilobayes.types import delta
 from kilobayes.workflows.attach import attach, start
 from kilobayes.workflows.data import first_test
+from kilobayes.workflows.learn import choosing
 
 ROWS = {"rte": 300, "mrpc": 400, "cola": 1000, "sst2": 500, "stsb": 500, "trec": 300}  # cola's are short
 ARMS = {
@@ -139,7 +140,7 @@ def work(name: str, rows: Set, arm: str, text: str, targets: str, a: argparse.Na
         return nats(output.logits.float(), labels.flatten()).reshape(labels.shape)
 
     clock = time.process_time()
-    with host.packed(model), host.read_token(model), host.real_tokens(model):
+    with choosing(model, task, nll):
         done = train.fit(
             model, Rows(task, rows.parts["train"]), nll, spec.posterior("Point()"), theta, settings
         )

@@ -32,6 +32,7 @@ from kilobayes.options import Options
 from kilobayes.predict import Rows, class_nll
 from kilobayes.tasks.classify import Classify
 from kilobayes.workflows.attach import attach, start
+from kilobayes.workflows.learn import choosing
 
 ROWS = {"sst2": 250, "trec": 250}
 BODY, HEAD = (0.25, 1.0, 4.0), (1.0, 4.0)
@@ -52,9 +53,9 @@ def work(rows: adapter_study.Set, text: str, a: argparse.Namespace) -> dict[str,
     factors: dict[str, Tensor] = {leaf: own.get(leaf, 1.0) * bodies for leaf in leaves} | {"head": heads}
     vars(method)["rates"] = lambda: factors  # a factor for each member
     settings = train.Settings(lr=LR, epochs=a.epochs, seeds=tuple(seeds), batch_size=16)
-    with host.packed(model), host.read_token(model), host.real_tokens(model):
+    with choosing(model, task, class_nll(task)) as nll:
         data = Rows(task, rows.parts["train"])
-        done = train.fit(model, data, class_nll(task), spec.posterior("Point()"), theta, settings)
+        done = train.fit(model, data, nll, spec.posterior("Point()"), theta, settings)
     held = rows.parts["validation"]
     scores = ModelEnergy(model, task, held).logits(done.state.theta).float()
     assert held.labels is not None

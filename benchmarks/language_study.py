@@ -23,10 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from kilobayes import host, spec, train, tree
+from kilobayes import spec, train, tree
 from kilobayes.checkpoint import read_tensors, write_atomically
 from kilobayes.files import write_json
-from kilobayes.host.vocabulary import hidden_states
 from kilobayes.lm.energy import LanguageEnergy
 from kilobayes.lm.predict import token_scores
 from kilobayes.metrics.language import summarise
@@ -39,6 +38,7 @@ from kilobayes.tasks.text import Documents, load_documents
 from kilobayes.types import Progress
 from kilobayes.workflows.attach import attach, start
 from kilobayes.workflows.language import row_nll
+from kilobayes.workflows.learn import writing
 
 KINDS = {
     "LoRA": "Point()",
@@ -101,8 +101,7 @@ class Study:
             batch_size=self.a.batch_size,
         )
         theta = start(self.model, self.base, seeds)
-        with host.packed(self.model), host.real_tokens(self.model), hidden_states(self.model) as head:
-            nll = row_nll(head, self.tokens.mean_counted)
+        with writing(self.model, lambda head: row_nll(head, self.tokens.mean_counted)) as nll:
             done = train.fit(
                 self.model,
                 TokenRows(self.task, self.tokens),

@@ -27,7 +27,7 @@ import torch
 from robustness_table import picture, summary, table
 from torch import Tensor
 
-from kilobayes import host, spec, train
+from kilobayes import spec, train
 from kilobayes.energy import ModelEnergy
 from kilobayes.errors import KilobayesError
 from kilobayes.files import write_text_atomically
@@ -45,6 +45,7 @@ from kilobayes.tree import state_member
 from kilobayes.workflows.attach import attach, start
 from kilobayes.workflows.data import first_test
 from kilobayes.workflows.evaluate import versions
+from kilobayes.workflows.learn import choosing
 
 ARMS = "LoRA=Point();SWAG=SWAG(rank=10);BLoB=BLoB();MonteCLoRA=MonteCLoRA()"
 QUICK = {"rates": "1e-3,5e-3", "batches": "8,16", "seeds": 1, "rows": 32, "calibration": 16, "test_rows": 24,
@@ -145,8 +146,8 @@ class Grid:
         out = [{"rate": rate, "seed": seed, "diverged": True} for rate, seed in members]
         even = math.log(len(self.task.classes))
         try:
-            with host.packed(self.model), host.read_token(self.model), host.real_tokens(self.model):
-                done = train.fit(self.model, rows, class_nll(self.task), posterior, theta, settings)
+            with choosing(self.model, self.task, class_nll(self.task)) as nll:
+                done = train.fit(self.model, rows, nll, posterior, theta, settings)
         except KilobayesError:  # all of them diverged
             chance = {"accuracy": 1 / len(self.task.classes), "nll": even, "nll_t": even, "temperature": 1.0}
             return [run | chance for run in out]

@@ -26,7 +26,7 @@ import torch
 from study_arms import ARMS, KINDS, MEMBERS, Arm, arguments
 from torch import Tensor
 
-from kilobayes import host, spec, train, tree
+from kilobayes import spec, train, tree
 from kilobayes.checkpoint import read_tensors, write_atomically
 from kilobayes.energy import ModelEnergy
 from kilobayes.models import load_base
@@ -41,6 +41,7 @@ from kilobayes.tasks.split import stratified_holdout
 from kilobayes.types import Posterior, Progress
 from kilobayes.workflows.attach import attach, start
 from kilobayes.workflows.data import first_test
+from kilobayes.workflows.learn import choosing
 
 
 class Study:
@@ -109,15 +110,9 @@ class Study:
         )
         theta = start(self.model, self.base, list(members))
         rows = Rows(self.task, self.encoded)
-        with host.packed(self.model), host.read_token(self.model), host.real_tokens(self.model):
+        with choosing(self.model, self.task, class_nll(self.task)) as nll:
             done = train.fit(
-                self.model,
-                rows,
-                class_nll(self.task),
-                posterior,
-                theta,
-                settings,
-                energy=self.sets["calibration"],
+                self.model, rows, nll, posterior, theta, settings, energy=self.sets["calibration"]
             )
         each = (time.process_time() - clock) / len(runs)
         for index, (rate, seed) in enumerate(runs):
